@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpecForge core: contracts, discovery and the pipeline that trains draft models.
+
+The names below are what plugins may import besides ``specforge_core.contracts``, ``.modeling`` and ``.testing``.
+They load on first use, so that ``import specforge_core`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specforge_core.config.sections import (
+        FeatureStoreConfig,
+        OptimizerDefaults,
+        RefChannelConfig,
+        Section,
+        StrategyConfig,
+        TargetEngineConfig,
+    )
+    from specforge_core.hooks.descriptors import (
+        FeatureStoreSpec,
+        RefChannelSpec,
+        StrategySpec,
+        TargetEngineSpec,
+    )
+    from specforge_core.hooks.specs import hookimpl
+
+_PUBLIC = {
+    "FeatureStoreConfig": "config.sections",
+    "OptimizerDefaults": "config.sections",
+    "RefChannelConfig": "config.sections",
+    "Section": "config.sections",
+    "StrategyConfig": "config.sections",
+    "TargetEngineConfig": "config.sections",
+    "FeatureStoreSpec": "hooks.descriptors",
+    "RefChannelSpec": "hooks.descriptors",
+    "StrategySpec": "hooks.descriptors",
+    "TargetEngineSpec": "hooks.descriptors",
+    "hookimpl": "hooks.specs",
+}
+
+__all__ = [
+    "FeatureStoreConfig",
+    "FeatureStoreSpec",
+    "OptimizerDefaults",
+    "RefChannelConfig",
+    "RefChannelSpec",
+    "Section",
+    "StrategyConfig",
+    "StrategySpec",
+    "TargetEngineConfig",
+    "TargetEngineSpec",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run file as core understands it: one model per section, defaults included.
+
+``target``, ``strategy``, ``store`` and ``channel`` belong to plugins. They are kept as plain mappings here and checked
+against the chosen plugin's own section by ``config.plan``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from specforge_core.config.sections import Section
+
+Topology = Literal["offline", "colocated", "disaggregated"]
+
+
+class RunSection(Section):
+    """Which run this is and where it lives."""
+
+    directory: Path = Field(description="run directory: config, metrics, checkpoints, export, reports")
+    seed: int = Field(0, ge=0, description="everything random in the run derives from it")
+
+
+class DataSection(Section):
+    """Where prompts come from and how they become token ids and loss masks."""
+
+    train: list[Path] = Field(min_length=1, description="JSONL files, or Hugging Face datasets on disk")
+    eval: list[Path] = Field(default=[], description="held-out prompts; captured once and kept")
+    max_length: int = Field(2048, ge=2, description="tokens per prompt; longer ones are cut at the right")
+    last_turn_only: bool = Field(False, description="train the last assistant turn of a conversation only")
+    max_prompts: int | None = Field(None, ge=1, description="use only the first so many training prompts")
+    features: Path | None = Field(
+        None, description="offline feature directory; default: features/ inside the run directory"
+    )
+
+
+class CaptureSection(Section):
+    """How features are captured and how far capture may run ahead of training."""
+
+    batch_size: int = Field(8, ge=1, description="prompts per prefill")
+    high_watermark_windows: int = Field(
+        4, ge=2, description="online: stop capturing at so many optimizer windows of samples in flight"
+    )
+    low_watermark_windows: int = Field(2, ge=1, description="online: go on capturing below so many windows in flight")
+    high_watermark_bytes: int | None = Field(None, ge=1, description="online: also stop at so many bytes in flight")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the capture process; default: torch's choice")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> CaptureSection:
+        if self.low_watermark_windows >= self.high_watermark_windows:
+            raise ValueError("low_watermark_windows must be below high_watermark_windows")
+        return self
+
+
+class TrainingSection(Section):
+    """The optimizer and how a window is cut. A window is one optimizer step."""
+
+    global_batch_size: int = Field(16, ge=1, description="samples per optimizer step, over all ranks")
+    micro_batch_size: int = Field(4, ge=1, description="samples per forward pass and rank; changes speed, not results")
+    epochs: int = Field(1, ge=1)
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps (schedule included)")
+    shuffle: bool = Field(True, description="a new prompt order each epoch, from the run's seed")
+    learning_rate: float | None = Field(None, gt=0, description="default: the strategy's")
+    warmup_ratio: float | None = Field(None, ge=0, lt=1, description="share of steps; default: the strategy's")
+    max_grad_norm: float | None = Field(None, gt=0, description="default: the strategy's")
+    weight_decay: float = Field(0.0, ge=0)
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the draft; masters are always float32")
+    device: str = Field("cpu", description="cpu, cuda or cuda:N")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the train process; default: torch's choice")
+
+
+class LoadingSection(Section):
+    """How samples reach the trainer."""
+
+    prefetch_windows: int = Field(2, ge=1, description="windows read and collated ahead")
+    sort_by_length: bool = Field(True, description="inside a window only: less padding, same result")
+    deadline_seconds: float = Field(600.0, gt=0, description="longest wait for a missing sample")
+
+
+class CheckpointSection(Section):
+    """When training can be resumed from."""
+
+    every_steps: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1, description="latest checkpoints kept, besides the best")
+
+
+class EvaluationSection(Section):
+    """Evaluation on held-out features during training."""
+
+    every_steps: int | None = Field(None, ge=1, description="default: at each checkpoint and at the end")
+    micro_batch_size: int | None = Field(None, ge=1, description="default: training.micro_batch_size")
+
+
+class BenchSection(Section):
+    """Real greedy speculative decoding against plain decoding of the same target."""
+
+    prompts: int = Field(20, ge=1, description="held-out prompts decoded")
+    max_new_tokens: int = Field(64, ge=1)
+    prompt_tokens: int | None = Field(
+        None, ge=1, description="cut prompts to so many tokens; default: everything before the first trained token"
+    )
+    draft_tokens: int | None = Field(None, ge=1, description="proposed per target pass; default: the drafter's most")
+
+
+class RunConfig(Section):
+    """One run."""
+
+    run: RunSection
+    topology: Topology = "offline"
+    target: dict[str, Any] = Field(description="target engine: name and the plugin's own settings")
+    strategy: dict[str, Any] = Field(description="strategy: name and the plugin's own settings")
+    data: DataSection
+    store: dict[str, Any] | None = Field(None, description="feature store; default: the topology's")
+    channel: dict[str, Any] | None = Field(None, description="ref channel; default: the topology's")
+    capture: CaptureSection = CaptureSection()
+    training: TrainingSection = TrainingSection()
+    loading: LoadingSection = LoadingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    bench: BenchSection = BenchSection()

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The records that move between stages: prompts, what is captured of them, and the refs that point at it.
+
+Records are frozen and small. Tensors appear in :class:`Sample` and :class:`Batch` only; a :class:`SampleRef` is pure
+metadata and is checked to be so before it is published.
+
+Feature names and shapes (T tokens, L captured layers, H target hidden size):
+
+==================== ============ =============================================================
+``input_ids``        int64 [T]    the prompt, response included
+``loss_mask``        bool  [T]    trained positions
+``aux_hidden_states`` [T, L, H]   outputs of ``aux_layer_ids`` (zero-based decoder layers)
+``last_hidden_states`` [T, H]     the last layer's output, before (``pre``) or after (``post``) the final norm
+==================== ============ =============================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Norm = Literal["pre", "post"]
+
+INPUT_IDS = "input_ids"
+LOSS_MASK = "loss_mask"
+AUX_HIDDEN_STATES = "aux_hidden_states"
+LAST_HIDDEN_STATES = "last_hidden_states"
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids with the response included, and which of them are trained.
+
+    ``input_ids`` and ``loss_mask`` have the same length; the mask holds 0 and 1.
+    """
+
+    prompt_id: str
+    input_ids: Sequence[int]
+    loss_mask: Sequence[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """Name, shape and dtype of one stored tensor; ``norm`` only for ``last_hidden_states``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    norm: Norm | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRequest:
+    """What a strategy wants captured, besides ``input_ids`` and ``loss_mask``, which always travel.
+
+    :param aux_layer_ids: zero-based decoder layers whose output becomes ``aux_hidden_states``, in this order.
+    :param last_hidden_norm: ``last_hidden_states`` ``pre`` or ``post`` the final norm; None: not wanted.
+    :param dtype: element type of the captured hidden states.
+    """
+
+    aux_layer_ids: tuple[int, ...] = ()
+    last_hidden_norm: Norm | None = None
+    dtype: str = "float32"
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        names = [INPUT_IDS, LOSS_MASK]
+        if self.aux_layer_ids:
+            names.append(AUX_HIDDEN_STATES)
+        if self.last_hidden_norm is not None:
+            names.append(LAST_HIDDEN_STATES)
+        return tuple(names)
+
+    def specs(self, num_tokens: int, hidden_size: int) -> tuple[FeatureSpec, ...]:
+        """The exact tensors one sample of ``num_tokens`` must consist of, in a fixed order."""
+        specs = [FeatureSpec(INPUT_IDS, (num_tokens,), "int64"), FeatureSpec(LOSS_MASK, (num_tokens,), "bool")]
+        if self.aux_layer_ids:
+            shape = (num_tokens, len(self.aux_layer_ids), hidden_size)
+            specs.append(FeatureSpec(AUX_HIDDEN_STATES, shape, self.dtype))
+        if self.last_hidden_norm is not None:
+            specs.append(
+                FeatureSpec(LAST_HIDDEN_STATES, (num_tokens, hidden_size), self.dtype, norm=self.last_hidden_norm)
+            )
+        return tuple(specs)
+
+
+def sample_id(prompt_id: str, epoch: int) -> str:
+    """The id of one prompt's features as captured for one epoch (offline captures are epoch 0)."""
+    return f"{prompt_id}.e{epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt's captured features, tensors included."""
+
+    prompt_id: str
+    epoch: int
+    features: Mapping[str, Tensor]
+    last_hidden_norm: Norm | None = None
+
+    @property
+    def sample_id(self) -> str:
+        return sample_id(self.prompt_id, self.epoch)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.features[INPUT_IDS].shape[0])
+
+    def specs(self) -> tuple[FeatureSpec, ...]:
+        """What is actually in ``features``, sorted by name."""
+        return tuple(
+            FeatureSpec(
+                name=name,
+                shape=tuple(int(n) for n in tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                norm=self.last_hidden_norm if name == LAST_HIDDEN_STATES else None,
+            )
+            for name, tensor in sorted(self.features.items())
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Where one sample's features are and what they consist of; metadata only.
+
+    States of a ref: published → delivered → trained → acked. ``generation`` is bumped by each ``put`` of the same
+    sample id; a ref of an earlier generation is stale. ``signature`` is an HMAC where a token is configured, else "".
+    """
+
+    sample_id: str
+    generation: int
+    store: str
+    features: tuple[FeatureSpec, ...]
+    num_tokens: int
+    prompt_id: str
+    epoch: int
+    signature: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.features)
+
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def check_metadata_only(ref: SampleRef) -> None:
+    """Refuse a control record that holds anything but plain values.
+
+    :raises TypeError: naming the field that holds a tensor or another object.
+    """
+    for item in fields(ref):
+        value = getattr(ref, item.name)
+        if item.name == "features":
+            for spec in value:
+                plain = isinstance(spec, FeatureSpec) and all(type(n) is int for n in spec.shape)
+                if not plain:
+                    raise TypeError(f"SampleRef.features of {ref.sample_id!r} holds a {type(spec).__name__}")
+        elif type(value) not in _PLAIN:
+            raise TypeError(f"SampleRef.{item.name} of {ref.sample_id!r} holds a {type(value).__name__}, not metadata")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """What is known of a target from its configuration alone, without loading it.
+
+    Head counts, sizes and RoPE parameters are there because a draft usually inherits them.
+    """
+
+    name_or_path: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_parameters: Mapping[str, float | int | str | Sequence[float]] = field(default_factory=dict)
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch, collated.
+
+    :param tensors: whatever the strategy's ``loss`` reads.
+    :param denominators: what the strategy's loss terms divide by, counted over this micro-batch only. They come from
+        masks; the trainer sums them over the whole window and all ranks before the first backward.
+    """
+
+    tensors: Mapping[str, Tensor]
+    denominators: Mapping[str, float]
+    num_samples: int
+    num_tokens: int
+
+    def to(self, device: str) -> Batch:
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return Batch(moved, self.denominators, self.num_samples, self.num_tokens)

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target engines run the target model: they capture features, hand out frozen weights and, where they can, decode."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from specforge_core.contracts.decoding import TargetDecoder
+from specforge_core.contracts.errors import TargetError
+from specforge_core.contracts.records import CaptureRequest, Norm, Prompt, Sample, TargetInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EMBED_TOKENS = "embed_tokens.weight"
+FINAL_NORM = "norm.weight"
+LM_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What an engine can capture and whether it can decode in this process."""
+
+    norms: tuple[Norm, ...] = ("pre", "post")
+    aux_layers: bool = True
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    decodes: bool = False
+
+
+class FrozenSource(Protocol):
+    """Where a strategy gets what it needs of the target and the data to construct its draft."""
+
+    @property
+    def info(self) -> TargetInfo: ...
+
+    def frozen_weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """The target's ``embed_tokens.weight`` [V, H], ``norm.weight`` [H] or ``lm_head.weight`` [V, H] by name."""
+        ...
+
+    def token_counts(self) -> Tensor:
+        """How often each target token id stands at a trained position of the training data: int64 [V].
+
+        :raises DataError: no training data is at hand (a bench of an export, say).
+        """
+        ...
+
+
+class TargetEngine(ABC):
+    """A target model. Constructing one is light; weights are loaded by the first call that needs them."""
+
+    @property
+    @abstractmethod
+    def info(self) -> TargetInfo:
+        """Layers, sizes, vocabulary and dtype."""
+
+    @abstractmethod
+    def capture(self, prompts: Sequence[Prompt], request: CaptureRequest, epoch: int) -> Iterator[Sample]:
+        """One prefill over ``prompts`` as one batch; yields one sample per prompt, in order.
+
+        The same prompts in the same batch give the same bits.
+
+        :raises TargetError: the target cannot be loaded or cannot capture what is asked.
+        """
+
+    @abstractmethod
+    def frozen_weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Copies of the named weights in the target's dtype, on CPU, without loading the rest of the model.
+
+        Tied heads are returned under both names.
+
+        :raises TargetError: a name the target does not have.
+        """
+
+    def decoder(self, request: CaptureRequest) -> TargetDecoder:
+        """A decoder with an empty cache that also returns what ``request`` asks for.
+
+        :raises TargetError: this engine captures only.
+        """
+        raise TargetError(f"{type(self).__name__} captures features but cannot decode in this process")
+
+    @abstractmethod
+    def health(self) -> None:
+        """Return if the engine can serve; raise TargetError with the reason if not. Bounded in time."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back memory and connections. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """Token ids of a text and the character span [start, end) of each."""
+
+    input_ids: Sequence[int]
+    offsets: Sequence[tuple[int, int]]
+
+
+class ChatTokenizer(Protocol):
+    """The target's tokenizer, as far as preparing prompts needs it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same text could encode differently."""
+        ...
+
+    @property
+    def special_token_ids(self) -> frozenset[int]: ...
+
+    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+        """The chat template applied to ``[{role, content}, …]``, as text."""
+        ...
+
+    def encode(self, text: str) -> EncodedText:
+        """Encode rendered text as it stands; no special tokens are added."""
+        ...
+
+    def encode_with_assistant_mask(
+        self, messages: Sequence[Mapping[str, str]]
+    ) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Token ids and the template's own assistant mask, or None where the template does not mark it."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...

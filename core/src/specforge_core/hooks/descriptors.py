@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors: what a plugin's hooks return. Light, frozen values; the heavy part is named, not imported.
+
+``factory`` and the like are ``"module:attribute"`` strings, resolved by :func:`resolve` at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from specforge_core.config.sections import FeatureStoreConfig, RefChannelConfig, StrategyConfig, TargetEngineConfig
+from specforge_core.contracts import ChannelCapabilities, EngineCapabilities, PluginError, StoreCapabilities
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategySpec:
+    """A strategy.
+
+    :param name: the entry point's name; what ``strategy: {name: …}`` says.
+    :param config: its section of the run file.
+    :param factory: ``"module:Class"``; called with the section, gives a Strategy.
+    :param summary: one line for listings.
+    :param export_formats: formats its ``export`` writes; the first is the default.
+    :param golden: ``"module:function"`` that runs one golden vector (see ``specforge_core.testing.golden``).
+    """
+
+    name: str
+    config: type[StrategyConfig]
+    factory: str
+    summary: str = ""
+    export_formats: tuple[str, ...] = ()
+    golden: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetEngineSpec:
+    """A target engine.
+
+    :param factory: ``"module:Class"``; called with the section, gives a TargetEngine.
+    :param tokenizer: ``"module:function"``; called with the section, gives a ChatTokenizer.
+    """
+
+    name: str
+    config: type[TargetEngineConfig]
+    factory: str
+    tokenizer: str
+    capabilities: EngineCapabilities
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureStoreSpec:
+    """A feature store. ``factory`` is called with the section and a PartContext."""
+
+    name: str
+    config: type[FeatureStoreConfig]
+    factory: str
+    capabilities: StoreCapabilities
+    summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefChannelSpec:
+    """A ref channel. ``factory`` is called with the section and a PartContext."""
+
+    name: str
+    config: type[RefChannelConfig]
+    factory: str
+    capabilities: ChannelCapabilities
+    summary: str = ""
+
+
+PartSpec = StrategySpec | TargetEngineSpec | FeatureStoreSpec | RefChannelSpec
+
+
+def resolve(path: str) -> Any:
+    """Import what a ``"module:attribute"`` string names.
+
+    :raises PluginError: the module does not import or lacks the attribute.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(
+            f"{path} cannot be loaded: {error}", hint="reinstall the distribution that provides it, with its extras"
+        ) from error
