@@ -28,6 +28,7 @@ from specforge_core.contracts.errors import (
 from specforge_core.contracts.feature_store import FeatureStore, StoreCapabilities, Usage
 from specforge_core.contracts.metrics import Ratio, simulated_acceptance_length, sum_ratios
 from specforge_core.contracts.part_context import PartContext
+from specforge_core.contracts.progress import Progress, SilentProgress
 from specforge_core.contracts.records import (
     AUX_HIDDEN_STATES,
     DTYPE_BYTES,
@@ -46,6 +47,7 @@ from specforge_core.contracts.records import (
     sample_id,
 )
 from specforge_core.contracts.ref_channel import ChannelCapabilities, InFlight, RefChannel, RefReader, RefWriter
+from specforge_core.contracts.stop import StopSignal
 from specforge_core.contracts.strategy import LossTerm, StepContext, StepOutput, Strategy
 from specforge_core.contracts.target_engine import (
     EMBED_TOKENS,
@@ -93,6 +95,7 @@ __all__ = [
     "PartContext",
     "PlanError",
     "PluginError",
+    "Progress",
     "Prompt",
     "Ratio",
     "RefChannel",
@@ -101,10 +104,12 @@ __all__ = [
     "RunStopped",
     "Sample",
     "SampleRef",
+    "SilentProgress",
     "SpecForgeError",
     "StaleRef",
     "StepContext",
     "StepOutput",
+    "StopSignal",
     "StoreCapabilities",
     "StoreError",
     "StoreFull",
