@@ -1,0 +1,42 @@
+# make demo : set up, then train a draft from nothing and measure it     make test : set up, then run every test
+PYTHON ?= python3
+VENV   ?= .venv
+DISTRIBUTIONS := core specforge_eagle3 plugins/hf-target
+STAMP  := $(VENV)/.set-up
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make setup   everything of this repository, editable, into $(VENV)"
+	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (under 8 minutes)"
+	@echo "make test    set up, run every test"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the step benchmark against a peer (installs it into an environment of its own)"
+
+setup: $(STAMP)
+
+# Repeated only when what it installs from has changed.
+$(STAMP): Makefile VERSION constraints.txt requirements-dev.txt $(DISTRIBUTIONS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "Python 3.11 to 3.13 is needed, $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
+		-e 'core[report,datasets,testing]' $(DISTRIBUTIONS:%=-e %)
+	@touch $@
+
+demo: setup
+	$(BIN)/specforge demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/eagle3_step.py --help
+
+clean:
+	rm -rf $(VENV) dist build

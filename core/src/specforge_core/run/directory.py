@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where everything of a run lies. No other module spells a file name of the run directory.
+
+::
+
+    config.yaml           the resolved run file: `specforge train RUN` starts from it
+    provenance.json       parts, versions and machine of the run
+    metrics.jsonl         one line per optimizer step
+    evaluations.jsonl     one line per evaluation
+    checkpoints/          to resume from
+    features/             unless data.features says otherwise
+      train/ eval/        each: prompts/ (token ids), store/ (tensors), refs/ (metadata)
+    export/FORMAT/        to serve
+    bench.json eval.json  what was measured
+    report/               HTML page and pictures
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from specforge_core.contracts import ConfigError, DataError
+
+Split = Literal["train", "eval"]
+Role = Literal["capture", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of one run. Nothing is created before it is written."""
+
+    root: Path
+    features: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.root / "provenance.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def bench(self) -> Path:
+        return self.root / "bench.json"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
+
+    def export(self, format: str) -> Path:
+        return self.root / "export" / format
+
+    def split(self, split: Split) -> Path:
+        """Prompts, features and refs of one split."""
+        return self.features / split
+
+    def prompts(self, split: Split) -> Path:
+        return self.split(split) / "prompts"
+
+    @contextmanager
+    def lock(self, role: Role) -> Iterator[None]:
+        """Hold the run for one role, so that a second process cannot write the same files.
+
+        :raises ConfigError: another process holds it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / f".{role}.lock", "a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise ConfigError(
+                    f"another process ({handle.read().strip() or 'unknown'}) is running the {role} role of this run",
+                    where=str(self.root),
+                    hint="wait for it, stop it, or choose another run.directory",
+                ) from None
+            handle.truncate(0)
+            handle.write(f"pid {os.getpid()}")
+            handle.flush()
+            yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
+    write_text(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
+
+
+def run_file_of(run: Path) -> Path:
+    """The run file behind what a user calls a run: a YAML file, or a run directory that holds one.
+
+    :raises DataError: neither.
+    """
+    if run.is_dir():
+        if (run / "config.yaml").is_file():
+            return run / "config.yaml"
+        raise DataError(
+            "this directory is no run: it holds no config.yaml",
+            where=str(run),
+            hint="name a run file, or the run.directory of a run that was started",
+        )
+    return run
