@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         TargetEngineConfig,
     )
     from specforge_core.hooks.descriptors import (
+        DemoTarget,
         FeatureStoreSpec,
         RefChannelSpec,
         StrategySpec,
@@ -34,6 +35,7 @@ _PUBLIC = {
     "Section": "config.sections",
     "StrategyConfig": "config.sections",
     "TargetEngineConfig": "config.sections",
+    "DemoTarget": "hooks.descriptors",
     "FeatureStoreSpec": "hooks.descriptors",
     "RefChannelSpec": "hooks.descriptors",
     "StrategySpec": "hooks.descriptors",
@@ -42,6 +44,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "DemoTarget",
     "FeatureStoreConfig",
     "FeatureStoreSpec",
     "OptimizerDefaults",

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from specforge_core.config.sections import FeatureStoreConfig, RefChannelConfig, StrategyConfig, TargetEngineConfig
@@ -24,6 +26,7 @@ class StrategySpec:
     :param summary: one line for listings.
     :param export_formats: formats its ``export`` writes; the first is the default.
     :param golden: ``"module:function"`` that runs one golden vector (see ``specforge_core.testing.golden``).
+    :param demo: ``"package:path"`` of the run file, shipped as package data, that ``specforge demo`` runs.
     """
 
     name: str
@@ -32,6 +35,7 @@ class StrategySpec:
     summary: str = ""
     export_formats: tuple[str, ...] = ()
     golden: str = ""
+    demo: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,7 @@ class TargetEngineSpec:
 
     :param factory: ``"module:Class"``; called with the section, gives a TargetEngine.
     :param tokenizer: ``"module:function"``; called with the section, gives a ChatTokenizer.
+    :param demo: ``"module:function"``; called with a cache directory and a Progress, gives a :class:`DemoTarget`.
     """
 
     name: str
@@ -48,6 +53,7 @@ class TargetEngineSpec:
     tokenizer: str
     capabilities: EngineCapabilities
     summary: str = ""
+    demo: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,18 @@ class RefChannelSpec:
     factory: str
     capabilities: ChannelCapabilities
     summary: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoTarget:
+    """A small real target that an engine made for ``specforge demo``, with prompts for it.
+
+    :param section: what the run file's ``target`` section must say besides ``name``.
+    """
+
+    section: Mapping[str, str]
+    train_prompts: Path
+    eval_prompts: Path
 
 
 PartSpec = StrategySpec | TargetEngineSpec | FeatureStoreSpec | RefChannelSpec
