@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``hf`` target engine: a causal language model on transformers, in this process.
+
+Capturing is one prefill per batch through the decoder only: no logits, no key-value cache. The batch is padded at the
+right and needs no padding mask: attention is causal, so no position before the padding ever sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from specforge_core.contracts import (
+    INPUT_IDS,
+    LOSS_MASK,
+    CaptureRequest,
+    Prompt,
+    Sample,
+    TargetDecoder,
+    TargetEngine,
+    TargetError,
+    TargetInfo,
+)
+from torch import Tensor, nn
+
+from specforge_hf_target.cached_decoder import HfTargetDecoder
+from specforge_hf_target.config import HfTargetConfig
+from specforge_hf_target.decoder_layers import FeatureCollector, check_request, find_decoder, find_layers
+from specforge_hf_target.frozen_weights import read_frozen_weights
+
+
+class HfTargetEngine(TargetEngine):
+    """See the module. Nothing but ``config.json`` is read before the first ``capture`` or ``decoder``."""
+
+    def __init__(self, config: HfTargetConfig):
+        self._config = config
+        self._model: nn.Module | None = None
+
+    @cached_property
+    def info(self) -> TargetInfo:
+        return self._config.describe()
+
+    def capture(self, prompts: Sequence[Prompt], request: CaptureRequest, epoch: int) -> Iterator[Sample]:
+        check_request(request, self.info)
+        self._check_prompts(prompts)
+        if not prompts:
+            return
+        model = self._load()
+        decoder = find_decoder(model, self.info)
+        collector = FeatureCollector(decoder, find_layers(decoder, self.info), request, self.info)
+        input_ids_BT = _pad_right(prompts).to(self._config.device)
+        with torch.no_grad(), collector.attached():
+            decoder(input_ids=input_ids_BT, use_cache=False)
+        for row, prompt in enumerate(prompts):
+            features = {
+                INPUT_IDS: torch.tensor(prompt.input_ids, dtype=torch.int64),
+                LOSS_MASK: torch.tensor(prompt.loss_mask, dtype=torch.bool),
+                **collector.rows(row, prompt.num_tokens),
+            }
+            yield Sample(prompt.prompt_id, epoch, features, request.last_hidden_norm)
+
+    def frozen_weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        return read_frozen_weights(self._config, self.info, names)
+
+    def decoder(self, request: CaptureRequest) -> TargetDecoder:
+        check_request(request, self.info)
+        return HfTargetDecoder(self._load(), request, self.info)
+
+    def health(self) -> None:
+        """:raises TargetError: the model cannot be read, or its device is not there."""
+        _ = self.info
+        _check_device(self._config.device)
+
+    def close(self) -> None:
+        self._model = None
+
+    def _load(self) -> nn.Module:
+        if self._model is None:
+            _check_device(self._config.device)
+            self._model = load_model(self._config, self.info)
+        return self._model
+
+    def _check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """An id beyond the embedding is an index error deep in torch, or a device-side assert that ends the process."""
+        for prompt in prompts:
+            if not prompt.num_tokens:
+                raise TargetError("has no tokens", where=f"sample {prompt.prompt_id}", hint="leave it out")
+            if min(prompt.input_ids) < 0 or max(prompt.input_ids) >= self.info.vocab_size:
+                raise TargetError(
+                    f"vocabulary mismatch: token ids go from {min(prompt.input_ids)} to {max(prompt.input_ids)}, "
+                    f"the target's from 0 to {self.info.vocab_size - 1}",
+                    where=f"sample {prompt.prompt_id}",
+                    hint="prepare the prompts with this target's tokenizer",
+                )
+
+
+def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
+    """The whole model, frozen, in evaluation mode, on its device.
+
+    :raises TargetError: transformers does not know it, or its weights are missing or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = f"target {config.path}"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=getattr(torch, info.dtype),
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+        )
+    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
+        raise TargetError(
+            f"transformers cannot load {info.architecture}: {_first_line(error)}",
+            where=where,
+            hint="check its files; update transformers; set target.trust_remote_code if it brings its own code",
+        ) from error
+    return model.to(config.device).eval().requires_grad_(False)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise TargetError(
+            f"device {device!r} cannot be used: {_first_line(error)}",
+            where="target.device",
+            hint="cpu works everywhere",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _pad_right(prompts: Sequence[Prompt]) -> Tensor:
+    """int64 [B, T]. Any token pads: what is captured there is cut off."""
+    input_ids_BT = torch.zeros(len(prompts), max(prompt.num_tokens for prompt in prompts), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        input_ids_BT[row, : prompt.num_tokens] = torch.tensor(prompt.input_ids, dtype=torch.int64)
+    return input_ids_BT
