@@ -104,12 +104,13 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
 
     where = f"target {config.path}"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
             dtype=getattr(torch, info.dtype),
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.attn_implementation,
+            output_loading_info=True,
         )
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         raise TargetError(
@@ -117,6 +118,12 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
             where=where,
             hint="check its files; update transformers; set target.trust_remote_code if it brings its own code",
         ) from error
+    if loaded["missing_keys"]:  # transformers fills these with random numbers and only warns
+        raise TargetError(
+            f"its files lack {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them",
+            where=where,
+            hint="the files are incomplete, or config.json is of another model",
+        )
     return model.to(config.device).eval().requires_grad_(False)
 
 

@@ -114,6 +114,12 @@ class _WeightFiles:
                 where=f"target {self._config.path}",
                 hint="the files are incomplete, or the architecture is not understood",
             )
+        if name == FINAL_NORM and key.removesuffix("weight") + "bias" in self._file_of:
+            raise TargetError(
+                "its final norm is a LayerNorm with a bias",
+                where=f"target {self._config.path}",
+                hint="let the strategy capture last_hidden_states after the norm (post)",
+            )
         with self._open(self._file_of[key]) as file:
             return file.get_tensor(key)
 

@@ -108,4 +108,11 @@ def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
             where=where,
             hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
         ) from error
+    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+        # transformers answers missing files with an empty tokenizer of the model's kind
+        raise TargetError(
+            "the tokenizer cannot be loaded: its vocabulary is empty or missing",
+            where=where,
+            hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
+        )
     return HfChatTokenizer(tokenizer, where)
