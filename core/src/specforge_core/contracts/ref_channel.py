@@ -48,6 +48,13 @@ class RefWriter(ABC):
         """
 
     @abstractmethod
+    def published(self) -> Sequence[SampleRef]:
+        """Everything published under this writer's name so far, earlier sessions included, in order.
+
+        What an interrupted capture goes on after.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Say that this writer has published everything. Idempotent."""
 

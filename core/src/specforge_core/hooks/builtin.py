@@ -44,7 +44,7 @@ def specforge_feature_stores() -> list[FeatureStoreSpec]:
             name="memory",
             config=MemoryStoreConfig,
             factory="specforge_core.features.memory_store:MemoryStore",
-            capabilities=StoreCapabilities(zero_copy=True),
+            capabilities=StoreCapabilities(),
             summary="tensors in this process's memory",
         ),
         FeatureStoreSpec(

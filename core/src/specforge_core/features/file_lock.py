@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Advisory locks: who holds one is alive. The kernel lets go of a dead process's locks, whatever killed it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from pathlib import Path
+from typing import IO, Any
+
+_PAUSE_SECONDS = 0.002
+
+
+def lock_file(file: IO[Any], *, seconds: float) -> bool:
+    """Take the exclusive lock of an open file, waiting up to ``seconds``; it is held until the file is closed."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+        time.sleep(_PAUSE_SECONDS)
+
+
+def is_locked(file: IO[Any]) -> bool:
+    """Whether somebody else holds the exclusive lock now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in ``directory`` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

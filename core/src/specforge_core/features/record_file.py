@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Append-only files of checked records, written by one process and read by others while they grow.
+
+A record is one line: a letter for its kind, a checksum, a JSON value, a newline. A line without its newline was not
+written to its end, or not yet: it is never parsed, and whoever reopens the file to append cuts it off.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specforge_core.contracts import ChannelError
+from specforge_core.features.file_lock import is_locked, lock_file, sync_directory
+
+_LOCK_SECONDS = 5.0
+_READ_BYTES = 1 << 20
+_PREFIX_BYTES = len("R 00000000 ")
+
+
+def frame(kind: str, body: object) -> bytes:
+    """One record as it stands in the file."""
+    text = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    return b"%s %08x %s\n" % (kind.encode("ascii"), _checksum(kind, text), text)
+
+
+def _checksum(kind: str, text: bytes) -> int:
+    return zlib.crc32(text, ord(kind))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A complete line of a record file, not yet checked."""
+
+    path: Path
+    offset: int
+    line: bytes
+
+    @property
+    def kind(self) -> str:
+        return chr(self.line[0]) if self.line else ""
+
+    def body(self) -> Any:
+        """The record's value.
+
+        :raises ChannelError: naming file and offset; the line is not what ``frame`` makes.
+        """
+        text = self.line[_PREFIX_BYTES:]
+        if self.line[:_PREFIX_BYTES] != b"%s %08x " % (self.line[:1], _checksum(self.kind or "?", text)):
+            raise self.malformed("its checksum does not match")
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise self.malformed(str(error)) from error
+
+    def malformed(self, why: str) -> ChannelError:
+        """The error for a record that was written whole and yet cannot be understood."""
+        return ChannelError(
+            f"malformed record: {why}",
+            where=f"{self.path}, offset {self.offset}",
+            hint="the file was changed or written by another version; capture into a new directory",
+        )
+
+
+class RecordTail:
+    """Reads what was appended since it was last asked; the cost is that of the new records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        self._offset = 0
+
+    def read(self) -> list[Record]:
+        """Every record completed since the last call."""
+        records: list[Record] = []
+        rest = b""
+        while chunk := os.pread(self._file.fileno(), _READ_BYTES, self._offset + len(rest)):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                records.append(Record(self.path, self._offset, line))
+                self._offset += len(line) + 1
+        return records
+
+    def is_locked(self) -> bool:
+        """Whether the process that appends is alive, as far as the file system tells."""
+        return is_locked(self._file)
+
+    def heartbeat_ns(self) -> int:
+        """When the file was last written or touched, by the clock of whoever keeps it."""
+        return os.fstat(self._file.fileno()).st_mtime_ns
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RecordAppender:
+    """Appends records to a file that it keeps locked until it is closed.
+
+    :raises ChannelError: another process, or another appender here, has the file open.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        created = not path.exists()
+        self._file = path.open("ab", buffering=0)
+        if not lock_file(self._file, seconds=_LOCK_SECONDS):
+            self._file.close()
+            raise ChannelError(
+                "somebody else is writing this file", where=str(path), hint="give every capture process its own name"
+            )
+        if created:
+            sync_directory(path.parent)
+        self._size = self._cut_torn_record()
+
+    def _cut_torn_record(self) -> int:
+        """Cut off what a process that died in mid-append left after the last newline."""
+        size = os.fstat(self._file.fileno()).st_size
+        with self.path.open("rb") as file:
+            end = size
+            while end:
+                begin = max(0, end - _READ_BYTES)
+                file.seek(begin)
+                newline = file.read(end - begin).rfind(b"\n")
+                if newline >= 0:
+                    end = begin + newline + 1
+                    break
+                end = begin
+        if end != size:
+            os.ftruncate(self._file.fileno(), end)
+        return end
+
+    def append(self, frames: Sequence[bytes], *, durable: bool) -> None:
+        """Append records as one piece, all or none, and sync them once where they must outlive the machine.
+
+        :raises ChannelError: no room on the disk; the file is as it was.
+        """
+        rest = memoryview(b"".join(frames))
+        size = self._size + len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+            if durable:
+                os.fdatasync(self._file.fileno())
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), self._size)
+            hint = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+            raise ChannelError(f"cannot be appended to: {error.strerror}", where=str(self.path), hint=hint) from error
+        self._size = size
+
+    def rename(self, path: Path) -> None:
+        """Give the file its name, once what it begins with is written."""
+        self.path = self.path.rename(path)
+
+    def beat(self) -> None:
+        """Show readers on other machines that this process lives."""
+        os.utime(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
