@@ -1,1 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Building blocks that strategies share: frozen target weights, vocabulary map, norm, RoPE, attention."""
+
+from specforge_core.modeling.attention import QueryLayout, attend, attend_plain, causal_padding_mask
+from specforge_core.modeling.frozen import FrozenEmbedding, FrozenHead
+from specforge_core.modeling.norm import RMSNorm, rms_norm
+from specforge_core.modeling.rotary import RotaryEmbedding, rotate
+from specforge_core.modeling.vocab_map import VocabMap
+
+__all__ = [
+    "FrozenEmbedding",
+    "FrozenHead",
+    "QueryLayout",
+    "RMSNorm",
+    "RotaryEmbedding",
+    "VocabMap",
+    "attend",
+    "attend_plain",
+    "causal_padding_mask",
+    "rms_norm",
+    "rotate",
+]

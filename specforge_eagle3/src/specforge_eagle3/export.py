@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports in the EAGLE layout that SGLang and vLLM load: ``config.json`` and ``model.safetensors``.
+
+The files hold the draft's ``state_dict`` under its own names; embedding and target head stay with the target.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from specforge_core.contracts import ExportError, Norm, SpecForgeError, TargetInfo
+from specforge_core.modeling import VocabMap
+from specforge_eagle3.config import DraftShape
+from specforge_eagle3.draft_model import Eagle3Draft
+
+FORMATS = ("eagle3",)
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+
+
+def draft_config(draft: Eagle3Draft, target: TargetInfo, aux_layer_ids: tuple[int, ...]) -> dict[str, Any]:
+    """``config.json``: Llama's fields, and what is EAGLE3's own."""
+    shape, rope = draft.shape, dict(draft.shape.rope_parameters)
+    scaled = rope.get("rope_type", "default") != "default"
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": "llama",
+        "vocab_size": shape.vocab_size,
+        "draft_vocab_size": shape.draft_vocab_size,
+        "hidden_size": shape.hidden_size,
+        "target_hidden_size": shape.target_hidden_size,
+        "intermediate_size": shape.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_key_value_heads": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "max_position_embeddings": target.max_position_embeddings,
+        # Both spellings: servers on older transformers read rope_theta and rope_scaling.
+        "rope_parameters": {"rope_type": "default", **rope},
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
+        "tie_word_embeddings": False,
+        "fc_norm": shape.fc_norm,
+        "norm_output": shape.norm_output,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(aux_layer_ids), "use_aux_hidden_state": True},
+        "bos_token_id": target.bos_token_id,
+        "eos_token_id": list(target.eos_token_ids),
+        "torch_dtype": str(draft.dtype).removeprefix("torch."),
+    }
+
+
+def write_export(
+    draft: Eagle3Draft, directory: Path, *, format: str, target: TargetInfo, aux_layer_ids: tuple[int, ...]
+) -> None:
+    """:raises ExportError: an unknown format."""
+    if format not in FORMATS:
+        raise ExportError(f"eagle3 does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
+    config = draft_config(draft, target, aux_layer_ids)
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def shape_from_config(config: dict[str, Any], *, last_hidden_norm: Norm) -> DraftShape:
+    """A draft's shape from ``config.json`` (ours, or another trainer's in the same layout).
+
+    :raises KeyError: a field without which there is no shape.
+    """
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    rope = config.get("rope_parameters") or {
+        "rope_theta": config.get("rope_theta", 10000.0),
+        **(config.get("rope_scaling") or {}),
+    }
+    captured = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    return DraftShape(
+        vocab_size=config["vocab_size"],
+        draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
+        hidden_size=hidden,
+        target_hidden_size=config.get("target_hidden_size") or hidden,
+        intermediate_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or hidden // heads,
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_parameters=rope,
+        num_aux=len(captured) if captured else 3,
+        fc_norm=bool(config.get("fc_norm", False)),
+        norm_output=bool(config.get("norm_output", True)),
+        last_hidden_norm=last_hidden_norm,
+    )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ExportError(
+            "no such file", where=str(path), hint="an export holds config.json and model.safetensors"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ExportError(f"not JSON: {error}", where=str(path)) from error
+    if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
+        raise ExportError(f"not the config of an EAGLE3 draft ({ARCHITECTURE})", where=str(path))
+    return config
+
+
+def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) -> Eagle3Draft:
+    """The draft of an export; its frozen parts are still to be loaded.
+
+    :raises ExportError: files or weights missing, of another shape, or of another target's vocabulary.
+    """
+    config, path = _read_config(directory), directory / WEIGHTS_FILE
+    try:
+        shape = shape_from_config(config, last_hidden_norm=last_hidden_norm)
+    except KeyError as error:
+        raise ExportError(f"the field {error} is missing", where=str(directory / CONFIG_FILE)) from error
+    if shape.vocab_size != target.vocab_size:
+        raise ExportError(
+            f"the draft is for a vocabulary of {shape.vocab_size}, the target has {target.vocab_size}",
+            where=str(directory / CONFIG_FILE),
+            hint="use the target it was trained with",
+        )
+    draft = Eagle3Draft(shape, VocabMap.full(shape.vocab_size) if _is_full(shape) else _placeholder(shape))
+    expected = draft.state_dict()
+    if not path.is_file():
+        raise ExportError("no such file", where=str(path), hint="an export holds config.json and model.safetensors")
+    try:
+        with safe_open(path, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys() if name in expected}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ExportError(f"unreadable weights: {error}", where=str(path)) from error
+    for name, value in expected.items():
+        if name not in tensors:
+            raise ExportError(f"the weight {name} is missing", where=str(path))
+        if tensors[name].shape != value.shape:
+            raise ExportError(
+                f"the weight {name} is {list(tensors[name].shape)}, expected {list(value.shape)}", where=str(path)
+            )
+    draft.to(tensors["fc.weight"].dtype).load_state_dict(tensors)
+    try:
+        draft.vocabulary.check()
+    except SpecForgeError as error:
+        raise ExportError(error.message, where=str(path)) from error
+    return draft
+
+
+def _is_full(shape: DraftShape) -> bool:
+    return shape.draft_vocab_size == shape.vocab_size
+
+
+def _placeholder(shape: DraftShape) -> VocabMap:
+    """Tensors of the right shapes, overwritten by the stored ones."""
+    return VocabMap(
+        torch.zeros(shape.vocab_size, dtype=torch.bool), torch.zeros(shape.draft_vocab_size, dtype=torch.int64)
+    )
