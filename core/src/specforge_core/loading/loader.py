@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -90,7 +90,7 @@ class Loader:
         self._book = RefBook(parts.reader, reuse=parts.reuse_features)
         self._trained: list[SampleRef] = []
 
-    def windows(self, start: int = 0) -> Iterator[Window]:
+    def windows(self, start: int = 0) -> Generator[Window]:
         """Windows ``start`` … ``plan.total_windows - 1``.
 
         :raises DeadlineExceeded: a sample did not come in time.

@@ -7,7 +7,8 @@ due, and acknowledges the window last. It ends finished, stopped (with a checkpo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -97,14 +98,15 @@ class Trainer:
         self._parts.progress.begin("training", total)
         self._parts.progress.advance(self.state.step)
         try:
-            for window in self._windows():  # one window is one optimizer step
-                result = self.step.run(window)  # forward, backward, clip, update
-                self.state.advance(window)
-                self.observers.window_trained(result)
-                self._show(result)
-                self._evaluate_when_due()
-                self._checkpoint_when_due()
-                self.acknowledge(window)  # last: features may now be freed
+            with closing(self._windows()) as windows:
+                for window in windows:  # one window is one optimizer step
+                    result = self.step.run(window)  # forward, backward, clip, update
+                    self.state.advance(window)
+                    self.observers.window_trained(result)
+                    self._show(result)
+                    self._evaluate_when_due()
+                    self._checkpoint_when_due()
+                    self.acknowledge(window)  # last: features may now be freed
         except RunStopped:
             self._checkpoint()
             return "stopped"
@@ -120,20 +122,20 @@ class Trainer:
         if self._saved_step == self.state.step:
             self.loader.free_covered()
 
-    def _windows(self) -> Iterator[Window]:
+    def _windows(self) -> Generator[Window]:
         """The loader's windows, ended on every rank at the same one if any rank is asked to stop."""
-        windows = self.loader.windows(self.state.step)
-        while True:
-            window, stopped = None, None
-            try:
-                window = next(windows, None)
-            except RunStopped as error:
-                stopped = error
-            if self._parallelism.agree(stopped is not None):
-                raise stopped or RunStopped("stopped: another rank was asked to stop")
-            if window is None:
-                return
-            yield window
+        with closing(self.loader.windows(self.state.step)) as windows:
+            while True:
+                window, stopped = None, None
+                try:
+                    window = next(windows, None)
+                except RunStopped as error:
+                    stopped = error
+                if self._parallelism.agree(stopped is not None):
+                    raise stopped or RunStopped("stopped: another rank was asked to stop")
+                if window is None:
+                    return
+                yield window
 
     def _show(self, result: WindowResult) -> None:
         values = window_values(result)
@@ -179,6 +181,8 @@ class Trainer:
         self.step.optimizer.publish_masters()
         self.state = TrainState(step=progress["step"], epoch=progress["epoch"])
         self._saved_step = self.state.step
+        if progress["score"] is not None:
+            self._evaluated_step = self.state.step
 
     def _rescue(self, error: BaseException) -> None:
         """After a failure outside the update itself, keep what was trained since the last checkpoint."""

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole training run over the toy strategy: random features in a store of their own, everything else real.
+
+Run as a program it trains in a directory until it is done or killed; the fault tests do that.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from specforge_core.checkpoint.resume import CheckpointReader
+from specforge_core.checkpoint.writer import CheckpointWriter
+from specforge_core.config.run_config import LoadingSection
+from specforge_core.contracts import (
+    AUX_HIDDEN_STATES,
+    INPUT_IDS,
+    LOSS_MASK,
+    FeatureGone,
+    FeatureStore,
+    RefReader,
+    Sample,
+    SampleRef,
+    SilentProgress,
+    StopSignal,
+    Strategy,
+    Usage,
+    sample_id,
+)
+from specforge_core.loading.held_out import HeldOut
+from specforge_core.loading.loader import Free, Loader, LoaderParts
+from specforge_core.loading.order import PromptOrder
+from specforge_core.loading.windows import WindowPlan
+from specforge_core.training.evaluator import Evaluator
+from specforge_core.training.metrics_log import MetricsLog
+from specforge_core.training.observers import Observer, Observers
+from specforge_core.training.optimizer import DraftOptimizer
+from specforge_core.training.parallelism import Parallelism, SingleProcess
+from specforge_core.training.schedule import Schedule
+from specforge_core.training.trainer import Trainer, TrainerParts
+from specforge_core.training.window_step import WindowStep
+from toy_strategy import HIDDEN, VOCABULARY, ToyStrategy, build_draft
+
+
+def make_sample(index: int, epoch: int = 0) -> Sample:
+    """The same bits whenever it is made; every fifth prompt trains nothing."""
+    generator = torch.Generator().manual_seed(index)
+    tokens = 3 + index * 7 % 9
+    mask = torch.rand(tokens, generator=generator) < 0.7
+    features = {
+        INPUT_IDS: torch.randint(VOCABULARY, (tokens,), generator=generator),
+        LOSS_MASK: mask & torch.tensor(index % 5 != 4),
+        AUX_HIDDEN_STATES: torch.randn(tokens, 1, HIDDEN, generator=generator),
+    }
+    return Sample(f"p{index}", epoch, features)
+
+
+class DictStore(FeatureStore):
+    """Features in a dictionary."""
+
+    def __init__(self) -> None:
+        self.samples: dict[str, Sample] = {}
+
+    def put(self, sample_id: str, sample: Sample) -> SampleRef:
+        self.samples[sample_id] = sample
+        return SampleRef(sample_id, 1, "dict", sample.specs(), sample.num_tokens, sample.prompt_id, sample.epoch)
+
+    def get(self, ref: SampleRef) -> Sample:
+        if ref.sample_id not in self.samples:
+            raise FeatureGone("these features were deleted")
+        return self.samples[ref.sample_id]
+
+    def delete(self, ref: SampleRef) -> None:
+        self.samples.pop(ref.sample_id, None)
+
+    def usage(self) -> Usage:
+        return Usage(len(self.samples), 0)
+
+    def close(self) -> None:
+        pass
+
+
+class QueueReader(RefReader):
+    """Refs from a list that another thread may fill."""
+
+    def __init__(self, refs: Sequence[SampleRef] = (), *, closed: bool = True) -> None:
+        self._changed = threading.Condition()
+        self._refs = list(refs)
+        self._closed = closed
+        self.acked: list[tuple[str, int]] = []
+        self.failure: str | None = None
+
+    def publish(self, refs: Sequence[SampleRef], *, closed: bool = False) -> None:
+        with self._changed:
+            self._refs += refs
+            self._closed = closed
+            self._changed.notify_all()
+
+    def poll(self, max_refs: int, timeout: float) -> list[SampleRef]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._refs or self._closed, timeout)
+            out, self._refs = self._refs[:max_refs], self._refs[max_refs:]
+            return out
+
+    @property
+    def drained(self) -> bool:
+        return self._closed and not self._refs
+
+    def ack(self, sample_ids: Iterable[str], step: int) -> None:
+        self.acked += [(name, step) for name in sample_ids]
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Prompts:
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def prompt_id(self, index: int) -> str:
+        return f"p{index}"
+
+
+@dataclass(kw_only=True)
+class ToyRun:
+    """One run's settings; ``trainer()`` assembles it as the command line would."""
+
+    directory: Path
+    prompts: int = 14
+    global_batch_size: int = 4
+    micro_batch_size: int = 4
+    epochs: int = 3
+    checkpoint_every: int = 3
+    dtype: torch.dtype = torch.float32
+    learning_rate: float = 0.05
+    reuse_features: bool = True
+    free: Free = "never"
+    sort_by_length: bool = True
+    strategy: Strategy = field(default_factory=ToyStrategy)
+    parallelism: Parallelism = field(default_factory=SingleProcess)
+    stop: StopSignal = field(default_factory=StopSignal)
+    observers: tuple[Observer, ...] = ()
+    store: DictStore = field(default_factory=DictStore)
+    reader: QueueReader | None = None
+
+    def publish_all(self) -> list[SampleRef]:
+        """Capture every sample of the run."""
+        epochs = 1 if self.reuse_features else self.epochs
+        order = PromptOrder(self.prompts, seed=7, shuffle=True)
+        return [
+            self.store.put(sample_id(f"p{i}", epoch), make_sample(i, epoch))
+            for epoch in range(epochs)
+            for i in order.epoch(epoch)
+        ]
+
+    @property
+    def plan(self) -> WindowPlan:
+        return WindowPlan(
+            num_prompts=self.prompts,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            epochs=self.epochs,
+            sort_by_length=self.sort_by_length,
+            rank=self.parallelism.rank,
+            world_size=self.parallelism.world_size,
+        )
+
+    def loader(self, deadline_seconds: float = 20.0) -> Loader:
+        self.reader = self.reader or QueueReader(self.publish_all())
+        parts = LoaderParts(
+            reader=self.reader,
+            store=self.store,
+            strategy=self.strategy,
+            prompts=Prompts(self.prompts),
+            order=PromptOrder(self.prompts, seed=7, shuffle=True),
+            progress=SilentProgress(),
+            stop=self.stop,
+            reuse_features=self.reuse_features,
+            free=self.free,
+        )
+        settings = LoadingSection(deadline_seconds=deadline_seconds)
+        return Loader(parts, plan=self.plan, settings=settings, seed=7)
+
+    def step(self) -> WindowStep:
+        draft = build_draft().to(self.dtype)
+        self.parallelism.prepare(draft)
+        return WindowStep(
+            strategy=self.strategy,
+            draft=draft,
+            optimizer=DraftOptimizer(draft, weight_decay=0.0),
+            schedule=Schedule(peak=self.learning_rate, warmup_ratio=0.1, total_steps=self.plan.total_windows),
+            parallelism=self.parallelism,
+            max_grad_norm=0.5,
+            device="cpu",
+        )
+
+    def held_out(self) -> HeldOut:
+        store = DictStore()
+        refs = [store.put(f"h{i}.e0", make_sample(100 + i)) for i in range(5)]
+        return HeldOut(
+            store=store,
+            refs=refs,
+            strategy=self.strategy,
+            micro_batch_size=2,
+            seed=7,
+            rank=self.parallelism.rank,
+            world_size=self.parallelism.world_size,
+        )
+
+    def trainer(self) -> Trainer:
+        provenance = {"config": {"training": {"global_batch_size": self.global_batch_size, "epochs": self.epochs}}}
+        log = MetricsLog(self.directory / "metrics.jsonl", evaluations=self.directory / "evaluations.jsonl")
+        total = self.plan.total_windows
+        parts = TrainerParts(
+            loader=self.loader(),
+            step=self.step(),
+            evaluator=Evaluator(strategy=self.strategy, device="cpu", total_steps=total, parallelism=self.parallelism),
+            held_out=self.held_out(),
+            writer=CheckpointWriter(self.directory / "checkpoints", keep=2, provenance=provenance),
+            reader=CheckpointReader(self.directory / "checkpoints", provenance),
+            observers=Observers([log, *self.observers] if self.parallelism.rank == 0 else self.observers),
+            progress=SilentProgress(),
+            checkpoint_every_steps=self.checkpoint_every,
+        )
+        return Trainer(parts)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Train to the end; everything training would go on from."""
+        trainer = self.trainer()
+        trainer.fit()
+        return {name: tensor.clone() for name, tensor in trainer.step.optimizer.state().items()}
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    names = [name for name in a if name.startswith("draft.")]
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in names)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    ToyRun(directory=Path(sys.argv[1]), epochs=int(sys.argv[2]), checkpoint_every=int(sys.argv[3])).trainer().fit()
