@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources to a prompt set, once: what was prepared before is opened again as long as nothing it came from changed.
+
+This is the stage's way in: ``reader`` gives rows, ``loss_mask`` encodes the conversations among them, ``prompt_set``
+keeps the result. One row at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specforge_core.contracts import ChatTokenizer, DataError, Progress, Prompt
+from specforge_core.prompts.loss_mask import ConversationEncoder
+from specforge_core.prompts.prompt_set import PromptSet, PromptSetWriter, read_manifest
+from specforge_core.prompts.reader import SourceRow, read_rows
+
+if TYPE_CHECKING:
+    from specforge_core.config.run_config import DataSection
+
+_REPORT_EVERY = 64
+
+
+def prepare_prompts(
+    sources: Sequence[Path],
+    *,
+    directory: Path,
+    tokenizer: Callable[[], ChatTokenizer],
+    settings: DataSection,
+    vocab_size: int,
+    progress: Progress,
+) -> PromptSet:
+    """Prompts of ``sources``, cut to ``settings.max_length``, without those that train nothing.
+
+    :param directory: where the prompt set is kept; replaced when sources, settings or tokenizer changed.
+    :param tokenizer: called only if there is text to encode.
+    :param settings: ``max_prompts`` applies to these sources, whichever they are.
+    :raises DataError: sources missing, empty or malformed; a token id the target does not have.
+    """
+    known = _known_sources(directory)
+    entries = [_describe_source(source, known) for source in sources]
+    rules = {
+        "max_length": settings.max_length,
+        "last_turn_only": settings.last_turn_only,
+        "max_prompts": settings.max_prompts,
+        "vocab_size": vocab_size,
+    }
+    prepared = _reopen(directory, entries, rules, tokenizer)
+    if prepared is not None:
+        return prepared
+    work = _Preparation(tokenizer, settings, vocab_size)
+    progress.begin("preparing prompts", settings.max_prompts)
+    with PromptSetWriter(directory) as writer:
+        for count, row in enumerate(read_rows(sources), start=1):
+            if settings.max_prompts is not None and writer.prompts >= settings.max_prompts:
+                break
+            prompt = work.encode(row)
+            if prompt is not None:
+                writer.add(prompt)
+            if count % _REPORT_EVERY == 0:
+                progress.advance(_REPORT_EVERY, dropped=work.dropped)
+        return writer.finish(
+            fingerprint=_fingerprint(entries, rules, work.tokenizer_fingerprint),
+            dropped=work.dropped,
+            details={"sources": entries, "tokenizer": work.tokenizer_fingerprint},
+        )
+
+
+class _Preparation:
+    """Rows to prompts, counting what is dropped."""
+
+    def __init__(self, tokenizer: Callable[[], ChatTokenizer], settings: DataSection, vocab_size: int):
+        self._make_tokenizer = tokenizer
+        self._settings = settings
+        self._vocab_size = vocab_size
+        self._encoder: ConversationEncoder | None = None
+        self.tokenizer_fingerprint = ""
+        self.dropped = 0
+
+    def encode(self, row: SourceRow) -> Prompt | None:
+        """The row as a prompt; None if no token of it is trained."""
+        if row.messages:
+            input_ids, mask = self._conversation_encoder().encode(row.messages, where=row.where)
+        else:
+            input_ids = list(row.input_ids[: self._settings.max_length])
+            mask = list(row.loss_mask[: self._settings.max_length])
+        if not any(mask):
+            self.dropped += 1
+            return None
+        if max(input_ids) >= self._vocab_size:
+            raise DataError(
+                f"vocabulary mismatch: token id {max(input_ids)} in sample {row.prompt_id}, "
+                f"but the target's vocabulary has {self._vocab_size}",
+                where=row.where,
+                hint="use the target's own tokenizer",
+            )
+        return Prompt(row.prompt_id, input_ids, mask)
+
+    def _conversation_encoder(self) -> ConversationEncoder:
+        if self._encoder is None:
+            tokenizer = self._make_tokenizer()
+            self.tokenizer_fingerprint = tokenizer.fingerprint
+            self._encoder = ConversationEncoder(
+                tokenizer, max_length=self._settings.max_length, last_turn_only=self._settings.last_turn_only
+            )
+        return self._encoder
+
+
+def _reopen(
+    directory: Path,
+    entries: Sequence[Mapping[str, Any]],
+    rules: Mapping[str, Any],
+    tokenizer: Callable[[], ChatTokenizer],
+) -> PromptSet | None:
+    """What was prepared before, if it is whole and came from the same. A damaged or older set is prepared anew."""
+    try:
+        prepared = PromptSet.open(directory)
+    except DataError:
+        return None
+    used = prepared.manifest.get("tokenizer", "")
+    if prepared.fingerprint != _fingerprint(entries, rules, used):
+        return None
+    return prepared if not used or tokenizer().fingerprint == used else None
+
+
+def _fingerprint(entries: Sequence[Mapping[str, Any]], rules: Mapping[str, Any], tokenizer: str) -> str:
+    """Of contents, not of paths or times, so that a copied corpus gives the same prompts under the same name."""
+    contents = [(entry["name"], entry["sha256"]) for entry in entries]
+    text = json.dumps([contents, rules, tokenizer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _describe_source(source: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Name, file sizes and times, and a digest of the contents, which is not computed again for unchanged files."""
+    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
+    if not files:
+        raise DataError("no such file, or an empty directory", where=str(source), hint="correct data's paths")
+    stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    before = known.get(str(source.absolute()))
+    if before is not None and before["files"] == stats:
+        return dict(before)
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"path": str(source.absolute()), "name": source.name, "files": stats, "sha256": digest.hexdigest()}
+
+
+def _known_sources(directory: Path) -> dict[str, Mapping[str, Any]]:
+    try:
+        manifest = read_manifest(directory)
+    except DataError:
+        return {}
+    return {entry["path"]: entry for entry in manifest.get("sources", [])}

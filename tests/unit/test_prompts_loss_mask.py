@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens are trained: the template's own mask and the one found by offsets must agree, whatever the text."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from specforge_core.contracts import DataError
+from specforge_core.prompts.loss_mask import ConversationEncoder
+from specforge_core.prompts.turn_markers import TurnMarkers, find_turn_markers
+from specforge_hf_target.tokenizer import HfChatTokenizer
+
+ROLES_AND_TEXT = "user assistant system\n the quick brown fox Grüße, 世界! 👋🏽 don't <think> </think> 123"
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Past answers lose their thinking; the last one gets a block even if it had none; the prompt opens one.
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% set answer = m['content'].split('</think>')[-1].strip() %}"
+    "{% if loop.last %}{% set thought = m['content'].split('</think>')[0].split('<think>')[-1].strip()"
+    " if '</think>' in m['content'] else '' %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ answer }}"
+    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+HEADERLESS = (
+    "<s>{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] | trim }}</s>"
+    "{% else %}[INST] {{ m['content'] | trim }} [/INST]{% endif %}{% endfor %}"
+)
+SHOUTING = PLAIN.replace("m['content']", "m['content'] | upper")
+
+
+@pytest.fixture(scope="module")
+def make_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|im_start|>", "<|im_end|>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([ROLES_AND_TEXT] * 20, trainer)
+
+    def make(template: str) -> HfChatTokenizer:
+        fast = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+        fast.chat_template = template
+        return HfChatTokenizer(fast, "test")
+
+    return make
+
+
+def trained_text(tokenizer, messages, **settings) -> str:
+    encoder = ConversationEncoder(tokenizer, **{"max_length": 10_000, **settings})
+    input_ids, mask = encoder.encode(messages, where="data.jsonl:1")
+    assert len(input_ids) == len(mask)
+    pieces, before = [], 0
+    for token_id, item in zip(input_ids, mask, strict=True):
+        if item and not before:
+            pieces.append([])
+        if item:
+            pieces[-1].append(token_id)
+        before = item
+    return "|".join(tokenizer.decode(piece) for piece in pieces)
+
+
+def talk(*turns: str, system: str | None = None) -> list[dict[str, str]]:
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return messages + [
+        {"role": "assistant" if index % 2 else "user", "content": turn} for index, turn in enumerate(turns)
+    ]
+
+
+def random_conversation(seed: int) -> list[dict[str, str]]:
+    generator = random.Random(seed)
+    bits = [
+        "the",
+        " quick",
+        "\n",
+        "世界",
+        "👋🏽",
+        "Grüße",
+        " ",
+        "x",
+        "assistant",
+        "user\n",
+        "```py\n",
+        "é",
+        "don't",
+        "<|im",
+        "\t",
+    ]
+
+    def text() -> str:
+        return "".join(generator.choices(bits, k=generator.randint(0, 9)))
+
+    return talk(*(text() for _ in range(generator.randint(1, 7))), system=generator.choice([None, text()]))
+
+
+def test_markers_of_a_chat_template(make_tokenizer) -> None:
+    assert find_turn_markers(make_tokenizer(PLAIN)) == TurnMarkers("<|im_start|>assistant\n", "<|im_end|>")
+    assert find_turn_markers(make_tokenizer(THINKING)) == TurnMarkers("<|im_start|>assistant\n", "<|im_end|>")
+    assert find_turn_markers(make_tokenizer(HEADERLESS)) == TurnMarkers(" [/INST] ", "</s>")
+
+
+def test_content_and_end_of_turn_are_trained_and_nothing_else(make_tokenizer) -> None:
+    messages = talk("hi", "the quick 世界 👋🏽", "again", "fox", system="be brief")
+    assert trained_text(make_tokenizer(PLAIN), messages) == "the quick 世界 👋🏽<|im_end|>|fox<|im_end|>"
+    assert trained_text(make_tokenizer(PLAIN), messages, last_turn_only=True) == "fox<|im_end|>"
+    assert trained_text(make_tokenizer(MARKED), messages, last_turn_only=True) == "fox<|im_end|>"
+
+
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_offsets_give_the_templates_own_mask(make_tokenizer, last_turn_only: bool) -> None:
+    marked, plain = make_tokenizer(MARKED), make_tokenizer(PLAIN)
+    for seed in range(150):
+        messages = random_conversation(seed)
+        length = random.Random(seed).choice([10_000, 10_000, 25])
+        rules = {"max_length": length, "last_turn_only": last_turn_only}
+        theirs = ConversationEncoder(marked, **rules).encode(messages, where="x")
+        ours = ConversationEncoder(plain, **rules).encode(messages, where="x")
+        assert ours == theirs, messages
+
+
+def test_a_user_who_quotes_headers_and_answers_fools_nobody(make_tokenizer) -> None:
+    quote = "say <|im_start|>assistant\nfox<|im_end|>\n please"
+    messages = talk(quote, "fox", "fox", quote)
+    assert trained_text(make_tokenizer(PLAIN), messages) == f"fox<|im_end|>|{quote}<|im_end|>"
+
+
+def test_empty_answers_and_turns_named_like_roles(make_tokenizer) -> None:
+    messages = talk("assistant", "", "user", "user")
+    assert trained_text(make_tokenizer(PLAIN), messages) == "<|im_end|>|user<|im_end|>"
+
+
+def test_templates_that_rewrite_thinking(make_tokenizer) -> None:
+    tokenizer = make_tokenizer(THINKING)
+    messages = talk("hi", "<think>brown</think>the fox", "and?", "<think>quick</think>123")
+    assert trained_text(tokenizer, messages) == "the fox<|im_end|>|<think>\nquick\n</think>\n\n123<|im_end|>"
+    assert trained_text(tokenizer, talk("hi", "  fox ")) == "<think>\n\n</think>\n\nfox<|im_end|>"
+
+
+def test_templates_without_a_header(make_tokenizer) -> None:
+    messages = talk("hi", "INST", "x", "the fox ")
+    assert trained_text(make_tokenizer(HEADERLESS), messages).replace(" ", "") == "INST</s>|thefox</s>"
+
+
+def test_a_rewritten_answer_is_an_error_that_names_it(make_tokenizer) -> None:
+    with pytest.raises(DataError) as caught:
+        trained_text(make_tokenizer(SHOUTING), talk("hi", "fox"))
+    assert "chat template" in str(caught.value)
+    tokenizer = make_tokenizer(PLAIN.replace("{{ m['content'] }}", "{{ m['content'] | replace('fox', 'cat') }}"))
+    assert trained_text(tokenizer, talk("fox", "dog")) == "dog<|im_end|>"
+    with pytest.raises(DataError, match="rewrites this answer") as caught:
+        trained_text(tokenizer, talk("hi", "dog", "hi", "fox"))
+    assert caught.value.where == "data.jsonl:1: messages[3]"
+
+
+def test_templates_that_refuse_a_conversation(make_tokenizer) -> None:
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
+    with pytest.raises(DataError, match="no system role") as caught:
+        trained_text(make_tokenizer(strict), talk("hi", "fox", system="x"))
+    assert "data.jsonl:1" in caught.value.where
