@@ -156,7 +156,7 @@ CONTROLS = [
     (Forgetful, "test_generation_grows_across_delete"),
     (Unversioned, "test_replaced_is_stale"),
     (Evicting, "test_full_store_keeps_what_it_has"),
-    (Greedy, "test_delete_of_a_stale_ref_does_nothing"),
+    (Greedy, "test_delete_twice_or_of_a_stale_ref_does_nothing"),
     (Normless, "test_norm_survives"),
     (Narrowing, "test_every_dtype_and_shape"),
     (Trusting, "test_ref_that_describes_something_else_is_corrupt"),
