@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pydantic import Field
-
 from specforge_core import OptimizerDefaults, StrategyConfig
 from specforge_core.contracts import CaptureRequest, ConfigError, Norm, TargetInfo
 

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from specforge_core.modeling import FrozenEmbedding, FrozenHead, RMSNorm, RotaryEmbedding, VocabMap, rotate
 from torch import Tensor, nn
 from torch.nn import functional
 
-from specforge_core.modeling import FrozenEmbedding, FrozenHead, RMSNorm, RotaryEmbedding, VocabMap, rotate
 from specforge_eagle3.config import DraftShape
 from specforge_eagle3.loss import StepWeights, UnrollSums
 from specforge_eagle3.unroll import unrolled_sums

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-
 from specforge_core.contracts import AUX_HIDDEN_STATES, Drafter
 from specforge_core.modeling import QueryLayout, attend
+from torch import Tensor
+
 from specforge_eagle3.draft_model import Eagle3Draft
 
 _GROWTH = 256

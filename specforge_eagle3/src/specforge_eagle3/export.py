@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
 from specforge_core.contracts import ExportError, Norm, SpecForgeError, TargetInfo
 from specforge_core.modeling import VocabMap
+
 from specforge_eagle3.config import DraftShape
 from specforge_eagle3.draft_model import Eagle3Draft
 

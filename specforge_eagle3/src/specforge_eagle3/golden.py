@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
-
 from specforge_core.contracts import (
     AUX_HIDDEN_STATES,
     EMBED_TOKENS,
@@ -23,6 +21,8 @@ from specforge_core.contracts import (
 )
 from specforge_core.modeling import VocabMap
 from specforge_core.testing.golden import GoldenResult, GoldenVector, require
+from torch import Tensor
+
 from specforge_eagle3.config import DraftShape, Eagle3Config
 from specforge_eagle3.draft_model import Eagle3Draft
 from specforge_eagle3.export import shape_from_config

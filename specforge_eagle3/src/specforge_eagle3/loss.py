@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from specforge_core.modeling import FrozenHead, VocabMap
+from torch import Tensor
 
 _CHUNK_ELEMENTS = 4_000_000
 """Logits held at once, draft's or target's: 16 MB in fp32, about what a processor's last cache holds."""

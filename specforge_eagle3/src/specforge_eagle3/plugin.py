@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from specforge_core import StrategySpec, hookimpl
+
 from specforge_eagle3.config import Eagle3Config
 
 

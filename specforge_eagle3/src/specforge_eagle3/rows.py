@@ -13,9 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from specforge_core.modeling import QueryLayout, causal_padding_mask
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

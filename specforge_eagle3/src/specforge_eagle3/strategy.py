@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-
 from specforge_core.contracts import (
     AUX_HIDDEN_STATES,
     EMBED_TOKENS,
@@ -31,6 +29,8 @@ from specforge_core.contracts import (
     TargetInfo,
 )
 from specforge_core.modeling import VocabMap
+from torch import Tensor, nn
+
 from specforge_eagle3.config import DraftShape, Eagle3Config
 from specforge_eagle3.draft_model import Eagle3Draft
 from specforge_eagle3.drafter import Eagle3Drafter

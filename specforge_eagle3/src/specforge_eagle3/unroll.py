@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
 from specforge_core.contracts import AUX_HIDDEN_STATES, INPUT_IDS, LAST_HIDDEN_STATES, LOSS_MASK
 from specforge_core.modeling import attend
+from torch import Tensor
+
 from specforge_eagle3.loss import Labels, RowIndex, StepWeights, UnrollSums, distil
 from specforge_eagle3.rows import NeededRows, select_rows
 

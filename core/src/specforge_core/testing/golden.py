@@ -129,7 +129,8 @@ def compare(vector: GoldenVector, result: GoldenResult) -> list[Comparison]:
     :raises DataError: the strategy computes no such metric, or has no such parameter.
     """
     rows = []
-    groups = (("expected", vector.expected, result.values, METRIC_LIMIT),) + (
+    groups = (
+        ("expected", vector.expected, result.values, METRIC_LIMIT),
         ("grads", vector.grads, result.grads, GRADIENT_LIMIT),
     )
     for group, expected, actual, limit in groups:
