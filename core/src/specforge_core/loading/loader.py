@@ -9,7 +9,6 @@ Every wait ends: with the sample, at the deadline, when the channel is drained, 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
@@ -49,6 +48,19 @@ class _Wanted:
     index: int
     epoch: int
     keys: Sequence[str]
+
+
+class _Upcoming:
+    """The windows to come, with the first in view."""
+
+    def __init__(self, windows: Iterator[_Wanted]) -> None:
+        self._windows = windows
+        self.head = next(windows, None)
+
+    def advance(self) -> _Wanted:
+        taken, self.head = self.head, next(self._windows, None)
+        assert taken is not None
+        return taken
 
 
 class PromptIds(Protocol):
@@ -100,19 +112,15 @@ class Loader:
         :raises RunStopped: the run was asked to stop; no window is lost by it.
         """
         with closing(Prefetcher[Window]("prefetch")) as prefetcher:
-            wanted = self._wanted(start)
-            ahead: deque[Future[Window]] = deque()
-            upcoming = next(wanted, None)
-            while ahead or upcoming is not None:
+            wanted = _Upcoming(self._wanted(start))
+            while prefetcher or wanted.head is not None:
                 self._parts.stop.raise_if_requested()
                 began = time.monotonic()
-                while upcoming is not None and len(ahead) < self._settings.prefetch_windows:
-                    if not self._collect(upcoming, patient=not ahead):
-                        break
-                    refs = self._book.take(upcoming.keys)
-                    ahead.append(prefetcher.submit(partial(self._load, upcoming, refs, prefetcher)))
-                    upcoming = next(wanted, None)
-                window = self._await(ahead.popleft())
+                if not prefetcher:
+                    self._read_ahead(wanted, prefetcher=prefetcher, limit=1, patient=True)
+                oldest = prefetcher.take()
+                self._read_ahead(wanted, prefetcher=prefetcher, limit=self._settings.prefetch_windows, patient=False)
+                window = self._await(oldest)
                 yield replace(window, waited_seconds=time.monotonic() - began)
 
     def acknowledge(self, window: Window) -> None:
@@ -148,6 +156,12 @@ class Loader:
                 epoch_in_hand, order = epoch, self._parts.order.epoch(epoch)
             prompt_ids = [self._parts.prompts.prompt_id(i) for i in order[place]]
             yield _Wanted(index, epoch, [self._book.key(prompt_id, epoch) for prompt_id in prompt_ids])
+
+    def _read_ahead(self, upcoming: _Upcoming, *, prefetcher: Prefetcher[Window], limit: int, patient: bool) -> None:
+        """Hand windows whose refs have come to the prefetch thread, until ``limit`` are there."""
+        while upcoming.head is not None and len(prefetcher) < limit and self._collect(upcoming.head, patient=patient):
+            wanted = upcoming.advance()
+            prefetcher.submit(partial(self._load, wanted, self._book.take(wanted.keys), prefetcher))
 
     def _collect(self, wanted: _Wanted, *, patient: bool) -> bool:
         """Read refs until all of a window's have come; False where they have not and we are not to wait."""

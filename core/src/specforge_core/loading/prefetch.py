@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -25,15 +26,24 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = queue.SimpleQueue()
+        self._ahead: deque[Future[T]] = deque()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Queue ``work``; its result or its error is in the future."""
+    def __len__(self) -> int:
+        """How much was submitted and not taken."""
+        return len(self._ahead)
+
+    def submit(self, work: Callable[[], T]) -> None:
+        """Queue ``work``."""
         future: Future[T] = Future()
+        self._ahead.append(future)
         self._work.put((future, work))
-        return future
+
+    def take(self) -> Future[T]:
+        """The oldest submitted work: its result or its error, now or later."""
+        return self._ahead.popleft()
 
     def raise_if_closed(self) -> None:
         """For long work to call between its parts. :raises RunStopped: nobody wants the result any more."""
