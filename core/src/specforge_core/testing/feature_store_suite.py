@@ -35,7 +35,7 @@ from specforge_core.contracts import (
     check_metadata_only,
 )
 from specforge_core.testing.conformance import ContractSuite
-from specforge_core.testing.samples import assert_same, fill, make_sample
+from specforge_core.testing.samples import assert_same, fill, fill_up, make_sample
 
 JOIN_SECONDS = 60.0
 _UNUSUAL_IDS = ["", "..", "../outside", "/outside", "a/b", ".hidden", "nul\0byte", "line\nbreak", "x" * 300, "\ud800"]
@@ -205,7 +205,7 @@ class FeatureStoreSuite(ContractSuite):
         if not self.limits_capacity:
             pytest.skip("this store's capacity cannot be set")
         store = self.make_store(tmp_path / "store", capacity_bytes=20_000)
-        kept = _fill_up(store)
+        kept = fill_up(store)
         before = store.usage()
         assert len(kept) > 1
         assert before.samples == len(kept)
@@ -282,18 +282,6 @@ class FeatureStoreSuite(ContractSuite):
         assert len({ref.generation for ref in refs}) == len(refs)
         newest = max(refs, key=lambda ref: ref.generation)
         assert store.get(newest).prompt_id == newest.prompt_id
-
-
-def _fill_up(store: FeatureStore) -> list[tuple[SampleRef, Sample]]:
-    """Put until the store is full; what it took."""
-    kept: list[tuple[SampleRef, Sample]] = []
-    for number in range(100):
-        sample = make_sample(number, num_tokens=50)
-        try:
-            kept.append((store.put(f"p{number}.e0", sample), sample))
-        except StoreFull:
-            return kept
-    raise AssertionError(f"{len(kept)} samples fit into a store of {store.usage().capacity_bytes} bytes")
 
 
 def _read_whole(store: FeatureStore, ref: SampleRef, number: int) -> bool:

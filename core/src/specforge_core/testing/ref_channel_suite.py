@@ -91,7 +91,7 @@ class RefChannelSuite(ContractSuite):
     def test_max_refs_is_respected(self, writer: RefWriter, reader: RefReader) -> None:
         refs = [make_ref(number) for number in range(7)]
         writer.publish(refs)
-        assert [reader.poll(3, WAIT_SECONDS) for _ in range(3)] == [refs[:3], refs[3:6], refs[6:]]
+        assert [reader.poll(3, 1.0) for _ in range(3)] == [refs[:3], refs[3:6], refs[6:]]
 
     def test_nothing_is_delivered_twice(self, writer: RefWriter, reader: RefReader) -> None:
         writer.publish([make_ref(0)])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specforge_core.contracts import LAST_HIDDEN_STATES, Sample, SampleRef
+from specforge_core.contracts import LAST_HIDDEN_STATES, FeatureStore, Sample, SampleRef, StoreFull
 
 
 def make_sample(number: int = 0, *, num_tokens: int = 5, epoch: int = 0) -> Sample:
@@ -54,3 +54,15 @@ def make_ref(number: int, *, epoch: int = 0, generation: int = 1) -> SampleRef:
         prompt_id=sample.prompt_id,
         epoch=epoch,
     )
+
+
+def fill_up(store: FeatureStore) -> list[tuple[SampleRef, Sample]]:
+    """Put until the store is full; what it took."""
+    kept: list[tuple[SampleRef, Sample]] = []
+    for number in range(100):
+        sample = make_sample(number, num_tokens=50)
+        try:
+            kept.append((store.put(f"p{number}.e0", sample), sample))
+        except StoreFull:
+            return kept
+    raise AssertionError(f"{len(kept)} samples fit into a store of {store.usage().capacity_bytes} bytes")
