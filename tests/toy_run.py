@@ -150,8 +150,8 @@ class ToyRun:
     parallelism: Parallelism = field(default_factory=SingleProcess)
     stop: StopSignal = field(default_factory=StopSignal)
     observers: tuple[Observer, ...] = ()
-    store: DictStore = field(default_factory=DictStore)
-    reader: QueueReader | None = None
+    store: FeatureStore = field(default_factory=DictStore)
+    reader: RefReader | None = None
 
     def publish_all(self) -> list[SampleRef]:
         """Capture every sample of the run."""

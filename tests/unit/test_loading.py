@@ -141,7 +141,7 @@ def test_refs_may_come_in_any_order_and_from_another_thread(tmp_path: Path) -> N
     def publish() -> None:
         for ref in reversed(refs):
             time.sleep(0.005)
-            assert run.reader is not None
+            assert isinstance(run.reader, QueueReader)
             run.reader.publish([ref])
 
     thread = threading.Thread(target=publish)

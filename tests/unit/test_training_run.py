@@ -83,7 +83,7 @@ def test_the_same_run_gives_the_same_bits_offline_and_online(tmp_path: Path) -> 
     assert same_bits(a, b)
     assert same_bits(a, online.weights())
     assert online.store.samples == {}
-    assert online.reader is not None
+    assert isinstance(online.reader, QueueReader)
     assert len(online.reader.acked) == 3 * 14
 
 
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_fails_before_the_update(tmp_path: Path) -> No
         trainer.fit()
     assert recorder.events[-2:] == ["saved 4", "failed"]
     assert all(bool(tensor.isfinite().all()) for tensor in trainer.step.optimizer.state().values())
-    assert run.reader is not None
+    assert isinstance(run.reader, QueueReader)
     assert "not finite" in (run.reader.failure or "")
     whole = ToyRun(directory=tmp_path / "whole").weights()
     assert same_bits(whole, ToyRun(directory=tmp_path).weights()), "it goes on from step 4"

@@ -10,6 +10,7 @@ MAY_DIFFER = (
     "machine",  # host, processor, versions of Python and torch: results may differ in rounding
     "ranks",
     "config.run.directory",
+    "config.data.eval",
     "config.data.features",
     "config.store",
     "config.channel",
@@ -22,7 +23,11 @@ MAY_DIFFER = (
     "config.evaluation",
     "config.bench",
 )
-"""Dotted keys (and everything below them) that change where or how fast a run trains, not what it trains."""
+"""Dotted keys (and everything below them) that change where or how fast a run trains, not what it trains.
+
+Another micro-batch, capture batch, thread count or device adds numbers up in another order: the result is then the
+same to rounding, not to the bit.
+"""
 
 _ABSENT = "nothing"
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ def sum_denominators(batches: Sequence[Batch], parallelism: Parallelism) -> dict
 
 
 def sum_measured(
-    strategy: Strategy, draft: nn.Module, batches: Sequence[Batch], *, ctx: StepContext, parallelism: Parallelism
+    strategy: Strategy, draft: nn.Module, batches: Iterable[Batch], *, ctx: StepContext, parallelism: Parallelism
 ) -> StepContext:
     """``ctx`` with the sums of ``Strategy.measure`` over micro-batches and ranks; a pass without gradient."""
     with torch.no_grad():

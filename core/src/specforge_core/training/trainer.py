@@ -171,6 +171,7 @@ class Trainer:
                 progress={"epoch": self.state.epoch},
                 score=self._score if self._evaluated_step == self.state.step else None,
             )
+            self.loader.free_covered()
             self.observers.checkpoint_saved(self.state.step, path)
         self._saved_step = self.state.step
 

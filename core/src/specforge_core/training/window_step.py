@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from specforge_core.training.parallelism import Parallelism
     from specforge_core.training.schedule import Schedule
 
+_NAMED_SAMPLES = 32
+
 
 class TrainingWindow(Protocol):
     """What a window must tell; the loader's windows do."""
@@ -85,11 +87,10 @@ class WindowStep:
         began = time.perf_counter()
         self.draft.train()
         self.optimizer.clear_gradients()
-        batches = [batch.to(self.device) for batch in window.micro_batches]
-        ctx = self._context(window.index, batches)
+        ctx = self._context(window)
         counts = Counts()
-        for batch in batches:
-            output = self.strategy.loss(self.draft, batch, ctx)
+        for batch in window.micro_batches:
+            output = self.strategy.loss(self.draft, batch.to(self.device), ctx)
             loss = weigh(output.terms, ctx.denominators)
             if loss is not None and loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -113,18 +114,21 @@ class WindowStep:
             metrics=total.metrics,
         )
 
-    def _context(self, step: int, batches: Sequence[Batch]) -> StepContext:
-        denominators = sum_denominators(batches, self.parallelism)
-        ctx = StepContext(step=step, total_steps=self.schedule.total_steps, denominators=denominators)
+    def _context(self, window: TrainingWindow) -> StepContext:
+        denominators = sum_denominators(window.micro_batches, self.parallelism)
+        ctx = StepContext(step=window.index, total_steps=self.schedule.total_steps, denominators=denominators)
         if not self.strategy.measures:
             return ctx
+        batches = (batch.to(self.device) for batch in window.micro_batches)
         return sum_measured(self.strategy, self.draft, batches, ctx=ctx, parallelism=self.parallelism)
 
     def _clip(self, gradients: list[Tensor], window: TrainingWindow, *, loss: float) -> float:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         grad_norm = float(norm)
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            samples = ", ".join(ref.sample_id for ref in window.refs)
+            samples = ", ".join(ref.sample_id for ref in window.refs[:_NAMED_SAMPLES])
+            if len(window.refs) > _NAMED_SAMPLES:
+                samples += f" and {len(window.refs) - _NAMED_SAMPLES} more"
             raise SpecForgeError(
                 f"the loss ({loss:g}) or its gradient (norm {grad_norm:g}) is not finite in optimizer step "
                 f"{window.index + 1}; the draft was not updated",
