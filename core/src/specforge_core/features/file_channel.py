@@ -192,12 +192,12 @@ class FileRefReader(RefReader):
         while True:
             with self._lock:
                 self._refuse_closed()
+                dead = self._dead_writers()  # before reading: what a dead writer published is then all there
                 self._refresh()
                 self._raise_if_failed()
-                if not self._pending:
-                    self._raise_if_dead()
                 if self._pending or self._sealed:
                     return self._deliver(max_refs)
+                self._raise_if_unfinished(dead)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return []
@@ -220,6 +220,7 @@ class FileRefReader(RefReader):
         for path in sorted(self._directory.glob(f"*{WRITER_SUFFIX}")):
             if path not in self._writers:
                 self._writers[path] = (WriterTail(path), Liveness(self._timeout_seconds))
+                self._dead_writers()  # its lock must have been seen once
         for tail, _ in self._writers.values():
             self._pending.extend((tail, record) for record in tail.read())
 
@@ -229,17 +230,19 @@ class FileRefReader(RefReader):
             if tail.failure is not None:
                 raise ChannelFailed(tail.failure, where=f"writer {tail.owner}")
 
-    def _raise_if_dead(self) -> None:
-        """:raises ChannelFailed: everything published was delivered, and a writer ended without closing."""
+    def _dead_writers(self) -> list[WriterTail]:
         now = time.monotonic()
-        dead = [tail for tail, liveness in self._writers.values() if not tail.closed and tail.is_dead(liveness, now)]
-        if not dead:
-            return
-        self._refresh()  # it may have published and closed between the last look and its end
-        self._raise_if_failed()
-        if not self._pending and not all(tail.closed for tail in dead):
-            name = next(tail.owner for tail in dead if not tail.closed)
-            raise ChannelFailed(f"writer {name} died before it had published everything", where=str(self._directory))
+        return [tail for tail, liveness in self._writers.values() if not tail.closed and tail.is_dead(liveness, now)]
+
+    def _raise_if_unfinished(self, dead: list[WriterTail]) -> None:
+        """:raises ChannelFailed: a writer ended without closing, and everything published was delivered."""
+        for tail in dead:
+            if not tail.closed:
+                raise ChannelFailed(
+                    f"writer {tail.owner} died before it had published everything",
+                    where=str(tail.path),
+                    hint="see its log; run it again to go on",
+                )
 
     def _deliver(self, max_refs: int) -> list[SampleRef]:
         refs = []
