@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,6 +147,8 @@ class ToyRun:
     free: Free = "never"
     sort_by_length: bool = True
     strategy: Strategy = field(default_factory=ToyStrategy)
+    build_draft: Callable[[], nn.Module] = build_draft
+    make_sample: Callable[[int, int], Sample] = make_sample
     parallelism: Parallelism = field(default_factory=SingleProcess)
     stop: StopSignal = field(default_factory=StopSignal)
     observers: tuple[Observer, ...] = ()
@@ -158,7 +160,7 @@ class ToyRun:
         epochs = 1 if self.reuse_features else self.epochs
         order = PromptOrder(self.prompts, seed=7, shuffle=True)
         return [
-            self.store.put(sample_id(f"p{i}", epoch), make_sample(i, epoch))
+            self.store.put(sample_id(f"p{i}", epoch), self.make_sample(i, epoch))
             for epoch in range(epochs)
             for i in order.epoch(epoch)
         ]
@@ -192,7 +194,7 @@ class ToyRun:
         return Loader(parts, plan=self.plan, settings=settings, seed=7)
 
     def step(self) -> WindowStep:
-        draft = build_draft().to(self.dtype)
+        draft = self.build_draft().to(self.dtype)
         self.parallelism.prepare(draft)
         return WindowStep(
             strategy=self.strategy,
@@ -206,7 +208,7 @@ class ToyRun:
 
     def held_out(self) -> HeldOut:
         store = DictStore()
-        refs = [store.put(f"h{i}.e0", make_sample(100 + i)) for i in range(5)]
+        refs = [store.put(f"h{i}.e0", self.make_sample(100 + i, 0)) for i in range(5)]
         return HeldOut(
             store=store,
             refs=refs,
