@@ -43,6 +43,7 @@ from specforge_core.training.parallelism import Parallelism, SingleProcess
 from specforge_core.training.schedule import Schedule
 from specforge_core.training.trainer import Trainer, TrainerParts
 from specforge_core.training.window_step import WindowStep
+from torch import nn
 from toy_strategy import HIDDEN, VOCABULARY, ToyStrategy, build_draft
 
 
