@@ -68,12 +68,12 @@ def _differences(sample: Sample, prompt: Prompt, request: CaptureRequest, hidden
     if surplus := sorted(found.keys() - expected.keys()):
         yield f"{', '.join(surplus)} not asked for"
     intact = []
-    for name in expected.keys() & found.keys():
+    for name in sorted(expected.keys() & found.keys()):
         if found[name] == expected[name]:
             intact.append(name)
         else:
             yield f"{name} is {_describe(found[name])}, expected {_describe(expected[name])}"
-    for name in sorted(intact):
+    for name in intact:
         tensor = sample.features[name]
         if name == INPUT_IDS and tensor.tolist() != list(prompt.input_ids):
             yield f"{name} are not the prompt's"
