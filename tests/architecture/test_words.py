@@ -11,6 +11,8 @@ from source_tree import CORE, ROOT, Module, core, python_files, shipped, text_fi
 NAMES = ("eagle", "dflash", "domino", "mooncake", "sglang", "vllm", "redis", "speculators", "medusa")
 _NAME = re.compile(rf"(?<![a-z])({'|'.join(NAMES)})(?![a-z])", re.IGNORECASE)
 _SERIALISERS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+# Reads the index that torch's own checkpoint format keeps as a pickle, with an unpickler that knows its classes only.
+RESTRICTED_UNPICKLER = "core/src/specforge_core/checkpoint/tensor_files.py"
 _SHAPELESS = {"utils", "util", "common", "helpers", "helper", "misc"}
 _MACHINE_PATH = re.compile(r"""(?<![\w.])/(?:work|home|root|Users|mnt|workspace)/[\w.]""")
 # Where a failure of any kind is handed on otherwise than by raising: processes, threads and plugins end here.
@@ -38,7 +40,8 @@ def test_core_names_no_algorithm_and_no_vendor() -> None:
 
 
 def test_no_pickle() -> None:
-    wrong = [f"{m.place}:{line}" for m in shipped() for name, line in m.imports() if name.split(".")[0] in _SERIALISERS]
+    importers = [(m, line) for m in shipped() for name, line in m.imports() if name.split(".")[0] in _SERIALISERS]
+    wrong = [f"{m.place}:{line}" for m, line in importers if m.place != RESTRICTED_UNPICKLER]
     for module in shipped():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "numpy.load", "np.load"):
@@ -48,6 +51,13 @@ def test_no_pickle() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.save":
                 wrong.append(f"{module.place}:{node.lineno}: torch.save pickles")
     assert not wrong, "\n".join(["", *wrong])
+
+
+def test_the_one_unpickler_is_restricted() -> None:
+    tree = Module(ROOT / RESTRICTED_UNPICKLER).tree
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert {name for name in used if name.startswith("pickle.")} <= {"pickle.Unpickler", "pickle.UnpicklingError"}
+    assert any(isinstance(node, ast.FunctionDef) and node.name == "find_class" for node in ast.walk(tree))
 
 
 def test_the_environment_is_read_at_the_edge_only() -> None:
