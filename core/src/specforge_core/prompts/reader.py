@@ -101,12 +101,13 @@ def _contents(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse_line(line, f"{path}:{number}")
+        file = path.open("rb")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path), hint="check its permissions") from error
+    with file as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, _parse_line(line, f"{path}:{number}")
 
 
 def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:

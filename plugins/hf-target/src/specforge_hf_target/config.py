@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from specforge_core.config.sections import TargetEngineConfig
+from specforge_core import TargetEngineConfig
 from specforge_core.contracts import TargetError, TargetInfo
 
 from specforge_hf_target.model_files import locate_file

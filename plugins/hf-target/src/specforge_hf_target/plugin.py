@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+from specforge_core import TargetEngineSpec, hookimpl
 from specforge_core.contracts import EngineCapabilities
-from specforge_core.hooks.descriptors import TargetEngineSpec
-from specforge_core.hooks.specs import hookimpl
 
 from specforge_hf_target.config import HfTargetConfig
 
