@@ -40,7 +40,7 @@ SHOUTING = PLAIN.replace("m['content']", "m['content'] | upper")
 
 @pytest.fixture(scope="module")
 def make_tokenizer():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
@@ -54,7 +54,8 @@ def make_tokenizer():
     )
     bpe.train_from_iterator([ROLES_AND_TEXT] * 20, trainer)
 
-    def make(template: str) -> HfChatTokenizer:
+    def make(template: str, *, trim_offsets: bool = False) -> HfChatTokenizer:
+        bpe.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
         fast = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=["<|im_start|>", "<|im_end|>"])
         fast.chat_template = template
         return HfChatTokenizer(fast, "test")
@@ -122,9 +123,11 @@ def test_content_and_end_of_turn_are_trained_and_nothing_else(make_tokenizer) ->
     assert trained_text(make_tokenizer(MARKED), messages, last_turn_only=True) == "fox<|im_end|>"
 
 
+@pytest.mark.parametrize("trim_offsets", [False, True])
 @pytest.mark.parametrize("last_turn_only", [False, True])
-def test_offsets_give_the_templates_own_mask(make_tokenizer, last_turn_only: bool) -> None:
-    marked, plain = make_tokenizer(MARKED), make_tokenizer(PLAIN)
+def test_offsets_give_the_templates_own_mask(make_tokenizer, last_turn_only: bool, trim_offsets: bool) -> None:
+    marked = make_tokenizer(MARKED, trim_offsets=trim_offsets)
+    plain = make_tokenizer(PLAIN, trim_offsets=trim_offsets)
     for seed in range(150):
         messages = random_conversation(seed)
         length = random.Random(seed).choice([10_000, 10_000, 25])
@@ -132,6 +135,23 @@ def test_offsets_give_the_templates_own_mask(make_tokenizer, last_turn_only: boo
         theirs = ConversationEncoder(marked, **rules).encode(messages, where="x")
         ours = ConversationEncoder(plain, **rules).encode(messages, where="x")
         assert ours == theirs, messages
+
+
+def test_a_turn_that_begins_with_a_space_is_trained_too(make_tokenizer) -> None:
+    messages = talk("hi", " the fox", "x", "fox")
+    for template in (PLAIN, MARKED):
+        tokenizer = make_tokenizer(template, trim_offsets=True)
+        assert trained_text(tokenizer, messages) == " the fox<|im_end|>|fox<|im_end|>"
+
+
+def test_the_mask_is_transformers_own_where_that_is_right(make_tokenizer) -> None:
+    tokenizer = make_tokenizer(MARKED)
+    for seed in range(20):
+        theirs = tokenizer._tokenizer.apply_chat_template(
+            random_conversation(seed), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ours = tokenizer.encode_with_assistant_mask(random_conversation(seed))
+        assert ours == (theirs["input_ids"], theirs["assistant_masks"])
 
 
 def test_a_user_who_quotes_headers_and_answers_fools_nobody(make_tokenizer) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from specforge_core.contracts import DataError, EncodedText, TargetError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from specforge_hf_target.config import HfTargetConfig
 
@@ -31,7 +32,7 @@ class HfChatTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        content = self._tokenizer.backend_tokenizer.to_str() + "\0" + (self._template(required=False) or "")
+        content = self._tokenizer.backend_tokenizer.to_str() + "\0" + self._template(required=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
@@ -46,10 +47,7 @@ class HfChatTokenizer:
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
-            raise DataError(
-                f"the chat template refuses the conversation: {error}",
-                hint="roles must come as the template wants them",
-            ) from error
+            raise _refused(error) from error
 
     def encode(self, text: str) -> EncodedText:
         # verbose=False: a text beyond the model's length is cut later, and that is no warning's business
@@ -59,33 +57,56 @@ class HfChatTokenizer:
     def encode_with_assistant_mask(
         self, messages: Sequence[Mapping[str, str]]
     ) -> tuple[Sequence[int], Sequence[int]] | None:
-        if not _MARKS_ASSISTANT.search(self._template(required=True) or ""):
+        template = self._template(required=True)
+        if not _MARKS_ASSISTANT.search(template):
             return None
+        # Not apply_chat_template(return_assistant_tokens_mask=True): where a turn begins with a space that the
+        # tokenizer trims from its offsets, that leaves this turn and all later ones out, silently.
         try:
-            encoded = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            [text], [spans] = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
             )
         except TemplateError as error:
-            raise DataError(
-                f"the chat template refuses the conversation: {error}",
-                hint="roles must come as the template wants them",
-            ) from error
-        return encoded["input_ids"], encoded["assistant_masks"]
+            raise _refused(error) from error
+        encoded = self.encode(text)
+        return encoded.input_ids, _mark_spans(encoded.offsets, spans)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
 
-    def _template(self, *, required: bool) -> str | None:
+    def _template(self, *, required: bool) -> str:
+        """The chat template; "" if there is none and none is required."""
         template = self._tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
-        if required and template is None:
+        if required and not template:
             raise DataError(
                 "the tokenizer has no chat template",
                 where=self._where,
                 hint="add chat_template.jinja beside it, or give prompts as input_ids and loss_mask",
             )
-        return template
+        return template or ""
+
+
+def _refused(error: TemplateError) -> DataError:
+    return DataError(
+        f"the chat template refuses the conversation: {error}", hint="roles must come as the template wants them"
+    )
+
+
+def _mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """1 for every token that overlaps one of the character spans; both are sorted."""
+    mask, token = [0] * len(offsets), 0
+    for start, end in spans:
+        while token < len(offsets) and offsets[token][1] <= start:
+            token += 1
+        while token < len(offsets) and offsets[token][0] < end:
+            mask[token] = 1
+            token += 1
+    return mask
 
 
 def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
