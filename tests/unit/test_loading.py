@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from specforge_core.contracts import (
+    ChannelFailed,
     DataError,
     DeadlineExceeded,
     FeatureCorrupt,
@@ -182,6 +183,19 @@ def test_a_stop_ends_the_wait(tmp_path: Path) -> None:
         list(run.loader(deadline_seconds=60).windows())
     timer.join()
     assert not _prefetch_threads()
+
+
+def test_a_stop_that_capture_reports_first_is_still_a_stop(tmp_path: Path) -> None:
+    run = ToyRun(directory=tmp_path)
+
+    class Stopping(QueueReader):
+        def poll(self, max_refs: int, timeout: float) -> list[SampleRef]:
+            run.stop.request("interrupted")
+            raise ChannelFailed("stopped")
+
+    run.reader = Stopping(closed=False)
+    with pytest.raises(RunStopped, match="interrupted"):
+        list(run.loader().windows())
 
 
 class BrokenStore(DictStore):

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from specforge_core.contracts import (
+    ChannelFailed,
     DataError,
     DeadlineExceeded,
     FeatureStore,
@@ -166,7 +167,7 @@ class Loader:
     def _collect(self, wanted: _Wanted, *, patient: bool) -> bool:
         """Read refs until all of a window's have come; False where they have not and we are not to wait."""
         missing = self._book.missing(wanted.keys)
-        while missing and self._book.read(0.0):
+        while missing and self._read(0.0):
             missing = self._book.missing(wanted.keys)
         if missing and patient:
             self._wait_for(wanted, missing)
@@ -179,7 +180,7 @@ class Loader:
         while missing:
             self._parts.stop.raise_if_requested()
             drained = self._book.drained  # asked before reading, or what came in between would be missed
-            if not self._book.read(0.0 if drained else _TICK_SECONDS):
+            if not self._read(0.0 if drained else _TICK_SECONDS):
                 self._raise_if_hopeless(wanted, missing, drained=drained, late=time.monotonic() > deadline)
                 continue
             still = self._book.missing(wanted.keys)
@@ -187,6 +188,13 @@ class Loader:
                 deadline = time.monotonic() + self._settings.deadline_seconds
             missing = still
         self._parts.progress.waiting(None)
+
+    def _read(self, timeout: float) -> bool:
+        try:
+            return self._book.read(timeout)
+        except ChannelFailed:
+            self._parts.stop.raise_if_requested()  # capture was asked to stop too, and was quicker to say so
+            raise
 
     def _raise_if_hopeless(self, wanted: _Wanted, missing: list[str], *, drained: bool, late: bool) -> None:
         came = f"{len(wanted.keys) - len(missing)} of {len(wanted.keys)} of window {wanted.index}"

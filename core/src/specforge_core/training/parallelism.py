@@ -3,6 +3,9 @@
 
 Ranks exchange sums only: denominators before the first backward, gradients once per window, metrics after it. So the
 number of ranks decides how a window is cut and nothing else.
+
+Sharded drafts fit here as a third kind: ``prepare`` shards, gradients then arrive summed with the backward pass, and
+``sum_gradients`` has nothing left to do.
 """
 
 from __future__ import annotations
