@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +69,7 @@ def _is_type_checking(test: ast.expr) -> bool:
     return name == "TYPE_CHECKING"
 
 
+@cache
 def python_files(*places: str) -> list[Module]:
     """Every Python file below the named places of the repository, sorted."""
     found = (path for place in places for path in (ROOT / place).rglob("*.py"))

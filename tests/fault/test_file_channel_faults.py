@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -279,6 +280,26 @@ def test_one_name_has_one_living_writer(tmp_path: Path) -> None:
         open_channel(tmp_path).writer("capture-0")
     process.kill()
     finish(process)
+
+
+def test_a_writer_that_is_dropped_lets_go_of_its_name(tmp_path: Path) -> None:
+    writer = open_channel(tmp_path, writer_timeout_seconds=0.02).writer("capture-0")
+    writer.publish([make_ref(0)])
+    time.sleep(0.05)
+    del writer
+    gc.collect()
+    again = open_channel(tmp_path).writer("capture-0")
+    assert list(again.published()) == [make_ref(0)]
+    again.close()
+
+
+def test_a_silent_writer_whose_lock_cannot_be_seen_lives_by_its_heartbeat(tmp_path: Path) -> None:
+    writer = open_channel(tmp_path, writer_timeout_seconds=0.2).writer("capture-0")
+    path = tmp_path / "capture-0.refs"
+    before = path.stat().st_mtime_ns
+    time.sleep(0.3)
+    assert path.stat().st_mtime_ns > before
+    writer.close()
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "x" * 300])

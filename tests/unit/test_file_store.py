@@ -247,6 +247,30 @@ def test_a_process_killed_in_mid_put_leaves_the_last_whole_sample(tmp_path: Path
         assert int(values.min()) == int(values.max()) >= 10
 
 
+PUT_ONE_ID = """
+import sys
+from pathlib import Path
+from specforge_core.contracts import PartContext
+from specforge_core.features.file_store import FileStore
+from specforge_core.hooks.builtin import FileStoreConfig
+from specforge_core.testing.samples import make_sample
+directory = Path(sys.argv[1])
+store = FileStore(FileStoreConfig(name="file", path=directory), PartContext(run_id="run", directory=directory))
+for number in range(40):
+    ref = store.put("p.e0", make_sample(number))
+    print(ref.generation, flush=True)
+    if number % 3 == 0:
+        store.delete(ref)
+"""
+
+
+def test_generations_are_unique_between_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PUT_ONE_ID, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    generations = [int(line) for process in processes for line in process.communicate(timeout=60)[0].split()]
+    assert sorted(generations) == list(range(1, 81))
+
+
 def test_no_file_descriptor_is_left_open(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     ref = store.put("p.e0", make_sample())

@@ -19,7 +19,7 @@ from typing import Any
 from specforge_core.contracts import ChannelError
 from specforge_core.features.file_lock import is_locked, lock_file, sync_directory
 
-_LOCK_SECONDS = 5.0
+_LOCK_SECONDS = 1.0
 _READ_BYTES = 1 << 20
 _PREFIX_BYTES = len("R 00000000 ")
 
