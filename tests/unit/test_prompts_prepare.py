@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from specforge_core.config.run_config import DataSection
-from specforge_core.contracts import DataError, Prompt, SilentProgress
+from specforge_core.contracts import DataError, DeadlineExceeded, Prompt, SilentProgress
+from specforge_core.prompts.directory_lock import locked
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet, write_prompt_set
 from specforge_core.prompts.reader import read_rows
@@ -98,7 +101,14 @@ def test_reopening_is_instant_and_follows_contents_and_settings(tmp_path: Path) 
     assert len(prepare([source], tmp_path / "set")) == 1
     copy = write_lines(tmp_path / "elsewhere.jsonl", TOKENS).rename(tmp_path / "set2-a.jsonl")
     assert len(prepare([copy], tmp_path / "set2")) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "set", "set2", "set2-a.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".set.lock",
+        ".set2.lock",
+        "a.jsonl",
+        "set",
+        "set2",
+        "set2-a.jsonl",
+    ]
 
 
 def test_another_tokenizer_prepares_anew(tiny_model, tmp_path: Path) -> None:
@@ -169,7 +179,7 @@ def test_a_malformed_line_is_an_error_that_names_it(case: str, tmp_path: Path) -
         prepare([source], tmp_path / "set")
     assert message in str(caught.value)
     assert caught.value.hint
-    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"], "nothing is left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "x.jsonl"], "nothing is left behind"
 
 
 @pytest.mark.parametrize(
@@ -202,3 +212,37 @@ def test_damaged_sets_are_refused_and_prepared_anew(tmp_path: Path) -> None:
         PromptSet.open(tmp_path)
     with pytest.raises(DataError, match="holds other files"):
         prepare([source], tmp_path)
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *[TOKENS] * 2000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(DataError, match="cannot be written: File too large"):
+            prepare([source], tmp_path / "set")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.lock", "a.jsonl"]
+    with pytest.raises(DataError, match="cannot be written: "):
+        prepare([source], source / "set")
+
+
+def test_two_preparations_at_once_do_the_work_once(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *[TOKENS] * 50)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(prepare, [source], tmp_path / "set") for _ in range(8)]
+        sets = [future.result(timeout=60) for future in futures]
+    assert [len(prompts) for prompts in sets] == [50] * 8
+    assert len({prompts.manifest["fingerprint"] for prompts in sets}) == 1
+
+
+def test_waiting_for_another_preparation_ends_at_the_deadline(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "set", progress=SilentProgress()),
+        pytest.raises(DeadlineExceeded, match="another process that prepares"),
+        locked(tmp_path / "set", progress=SilentProgress(), deadline_seconds=0.2),
+    ):
+        pass
+    with locked(tmp_path / "set", progress=SilentProgress()):
+        pass

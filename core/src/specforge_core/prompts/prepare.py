@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import ChatTokenizer, DataError, Progress, Prompt
+from specforge_core.prompts.directory_lock import locked
 from specforge_core.prompts.loss_mask import ConversationEncoder
 from specforge_core.prompts.prompt_set import PromptSet, PromptSetWriter, read_manifest
 from specforge_core.prompts.reader import SourceRow, read_rows
@@ -40,22 +41,20 @@ def prepare_prompts(
     :param settings: ``max_prompts`` applies to these sources, whichever they are.
     :raises DataError: sources missing, empty or malformed; a token id the target does not have.
     """
+    with locked(directory, progress=progress):
+        return _prepare(sources, directory, _Preparation(tokenizer, settings, vocab_size), progress)
+
+
+def _prepare(sources: Sequence[Path], directory: Path, work: _Preparation, progress: Progress) -> PromptSet:
     known = _known_sources(directory)
     entries = [_describe_source(source, known) for source in sources]
-    rules = {
-        "max_length": settings.max_length,
-        "last_turn_only": settings.last_turn_only,
-        "max_prompts": settings.max_prompts,
-        "vocab_size": vocab_size,
-    }
-    prepared = _reopen(directory, entries, rules, tokenizer)
+    prepared = _reopen(directory, entries, work)
     if prepared is not None:
         return prepared
-    work = _Preparation(tokenizer, settings, vocab_size)
-    progress.begin("preparing prompts", settings.max_prompts)
+    progress.begin("preparing prompts", work.max_prompts)
     with PromptSetWriter(directory) as writer:
         for count, row in enumerate(read_rows(sources), start=1):
-            if settings.max_prompts is not None and writer.prompts >= settings.max_prompts:
+            if work.max_prompts is not None and writer.prompts >= work.max_prompts:
                 break
             prompt = work.encode(row)
             if prompt is not None:
@@ -63,17 +62,24 @@ def prepare_prompts(
             if count % _REPORT_EVERY == 0:
                 progress.advance(_REPORT_EVERY, dropped=work.dropped)
         return writer.finish(
-            fingerprint=_fingerprint(entries, rules, work.tokenizer_fingerprint),
+            fingerprint=_fingerprint(entries, work.rules, work.tokenizer_fingerprint),
             dropped=work.dropped,
             details={"sources": entries, "tokenizer": work.tokenizer_fingerprint},
         )
 
 
 class _Preparation:
-    """Rows to prompts, counting what is dropped."""
+    """The rules of one preparation, and what they make of each row."""
 
     def __init__(self, tokenizer: Callable[[], ChatTokenizer], settings: DataSection, vocab_size: int):
-        self._make_tokenizer = tokenizer
+        self.make_tokenizer = tokenizer
+        self.max_prompts = settings.max_prompts
+        self.rules: Mapping[str, Any] = {
+            "max_length": settings.max_length,
+            "last_turn_only": settings.last_turn_only,
+            "max_prompts": settings.max_prompts,
+            "vocab_size": vocab_size,
+        }
         self._settings = settings
         self._vocab_size = vocab_size
         self._encoder: ConversationEncoder | None = None
@@ -101,7 +107,7 @@ class _Preparation:
 
     def _conversation_encoder(self) -> ConversationEncoder:
         if self._encoder is None:
-            tokenizer = self._make_tokenizer()
+            tokenizer = self.make_tokenizer()
             self.tokenizer_fingerprint = tokenizer.fingerprint
             self._encoder = ConversationEncoder(
                 tokenizer, max_length=self._settings.max_length, last_turn_only=self._settings.last_turn_only
@@ -109,21 +115,16 @@ class _Preparation:
         return self._encoder
 
 
-def _reopen(
-    directory: Path,
-    entries: Sequence[Mapping[str, Any]],
-    rules: Mapping[str, Any],
-    tokenizer: Callable[[], ChatTokenizer],
-) -> PromptSet | None:
+def _reopen(directory: Path, entries: Sequence[Mapping[str, Any]], work: _Preparation) -> PromptSet | None:
     """What was prepared before, if it is whole and came from the same. A damaged or older set is prepared anew."""
     try:
         prepared = PromptSet.open(directory)
     except DataError:
         return None
     used = prepared.manifest.get("tokenizer", "")
-    if prepared.fingerprint != _fingerprint(entries, rules, used):
+    if prepared.fingerprint != _fingerprint(entries, work.rules, used):
         return None
-    return prepared if not used or tokenizer().fingerprint == used else None
+    return prepared if not used or work.make_tokenizer().fingerprint == used else None
 
 
 def _fingerprint(entries: Sequence[Mapping[str, Any]], rules: Mapping[str, Any], tokenizer: str) -> str:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, overload
@@ -125,11 +126,12 @@ class PromptSetWriter:
         self._directory = directory
         if directory.exists() and not (directory / MANIFEST_FILE).is_file() and any(directory.iterdir()):
             raise DataError("holds other files", where=str(directory), hint="prepared prompts need their own directory")
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        self._aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-        self._files: dict[str, BinaryIO] = {name: (self._aside / name).open("wb") for name in _ARRAYS}
+        with _writing(directory):
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            self._aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+            self._files: dict[str, BinaryIO] = {name: (self._aside / name).open("wb") for name in _ARRAYS}
+            array("q", [0]).tofile(self._files[OFFSETS_FILE])
         self.prompts = self._tokens = 0
-        array("q", [0]).tofile(self._files[OFFSETS_FILE])
 
     def __enter__(self) -> PromptSetWriter:
         return self
@@ -138,7 +140,8 @@ class PromptSetWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # what could not be written has been said, and goes now
+                file.close()
         shutil.rmtree(self._aside, ignore_errors=True)
 
     def add(self, prompt: Prompt) -> None:
@@ -150,10 +153,11 @@ class PromptSetWriter:
             raise DataError("is not a prompt", where=prompt.prompt_id, hint="input_ids and loss_mask have one length")
         self._tokens += prompt.num_tokens
         self.prompts += 1
-        array("i", prompt.input_ids).tofile(self._files[INPUT_IDS_FILE])
-        self._files[LOSS_MASK_FILE].write(bytes(prompt.loss_mask))
-        array("q", [self._tokens]).tofile(self._files[OFFSETS_FILE])
-        self._files[IDS_FILE].write(prompt.prompt_id.encode() + b"\n")
+        with _writing(self._directory):
+            array("i", prompt.input_ids).tofile(self._files[INPUT_IDS_FILE])
+            self._files[LOSS_MASK_FILE].write(bytes(prompt.loss_mask))
+            array("q", [self._tokens]).tofile(self._files[OFFSETS_FILE])
+            self._files[IDS_FILE].write(prompt.prompt_id.encode() + b"\n")
 
     def finish(self, *, fingerprint: str, dropped: int, details: Mapping[str, Any]) -> PromptSet:
         """Make the set visible in place of whatever was there, and open it.
@@ -166,6 +170,12 @@ class PromptSetWriter:
                 where=str(self._directory),
                 hint="conversations need assistant turns that begin before data.max_length tokens",
             )
+        with _writing(self._directory):
+            self._write_manifest({"fingerprint": fingerprint, "dropped": dropped, **details})
+            _replace(self._aside, self._directory)
+        return PromptSet.open(self._directory)
+
+    def _write_manifest(self, content: Mapping[str, Any]) -> None:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -173,16 +183,12 @@ class PromptSetWriter:
         manifest = {
             "format": FORMAT,
             "byteorder": sys.byteorder,
-            "fingerprint": fingerprint,
             "prompts": self.prompts,
             "tokens": self._tokens,
-            "dropped": dropped,
             "sizes": {name: (self._aside / name).stat().st_size for name in _ARRAYS},
-            **details,
+            **content,
         }
         (self._aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _replace(self._aside, self._directory)
-        return PromptSet.open(self._directory)
 
 
 def write_prompt_set(directory: Path, prompts: Iterable[Prompt], *, fingerprint: str, dropped: int = 0) -> PromptSet:
@@ -214,6 +220,18 @@ def _damaged(directory: Path, reason: str) -> DataError:
     return DataError(
         f"the prepared prompts cannot be used: {reason}", where=str(directory), hint="delete the directory"
     )
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"prepared prompts cannot be written: {error.strerror}",
+            where=str(directory),
+            hint="free space or correct permissions there; nothing partial was kept",
+        ) from error
 
 
 def _replace(aside: Path, directory: Path) -> None:

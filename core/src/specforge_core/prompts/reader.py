@@ -193,7 +193,7 @@ def _parse_turn(turn: object, where: str) -> Mapping[str, str]:
     hint = "a turn is {role, content} or {from, value}, both text"
     if not isinstance(turn, dict):
         raise DataError(f"is a {type(turn).__name__}", where=where, hint=hint)
-    keys = next((keys for keys in _TURN_KEYS if keys[0] in turn), None)
+    keys = next((keys for keys in _TURN_KEYS if turn.get(keys[0]) is not None), None)
     if keys is None:
         raise DataError("names no role", where=where, hint=hint)
     role_key, content_key = keys
