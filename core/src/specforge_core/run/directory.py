@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import yaml
 
+from specforge_core.config.run_config import RunConfig
 from specforge_core.contracts import ConfigError, DataError
 
 Split = Literal["train", "eval"]
@@ -40,6 +41,11 @@ class RunDirectory:
 
     root: Path
     features: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> RunDirectory:
+        root = config.run.directory
+        return cls(root, config.data.features or root / "features")
 
     @property
     def config(self) -> Path:

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: a strategy ships a run file, a target engine makes a small real target and prompts; core joins them."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from specforge_core.contracts import PluginError, Progress
+from specforge_core.hooks.descriptors import DemoTarget, resolve
+from specforge_core.hooks.manager import PluginRegistry
+from specforge_core.run.directory import write_yaml
+
+
+def default_cache() -> Path:
+    """Where demo targets are kept: ``SPECFORGE_CACHE``, else the user's cache directory."""
+    if "SPECFORGE_CACHE" in os.environ:
+        return Path(os.environ["SPECFORGE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specforge"
+
+
+def choose_strategy(registry: PluginRegistry, name: str | None) -> str:
+    """The strategy to demonstrate: the named one, or the only one installed.
+
+    :raises PluginError: none is installed, or several are and none was named.
+    """
+    if name is not None:
+        return name
+    names = registry.names("strategy")
+    if not names:
+        raise PluginError(
+            "no strategy is installed, so there is nothing to demonstrate",
+            hint="pip install a strategy and a target engine; `specforge plugins` lists what is installed",
+        )
+    if len(names) > 1:
+        raise PluginError(f"several strategies are installed: {', '.join(names)}", hint="say specforge demo NAME")
+    return names[0]
+
+
+def write_demo_run(
+    registry: PluginRegistry, strategy: str, *, directory: Path, cache: Path, progress: Progress
+) -> Path:
+    """Make the demo's target (or find it in the cache) and write the demo's run file; returns its path.
+
+    :raises PluginError: the strategy ships no demo, or the engine it wants makes no target for one.
+    """
+    spec = registry.strategy(strategy)
+    if not spec.demo:
+        raise PluginError(f"strategy {strategy!r} ships no demo")
+    package, _, resource = spec.demo.partition(":")
+    run_file = yaml.safe_load(files(package).joinpath(resource).read_text(encoding="utf-8"))
+    engine = registry.target_engine(run_file["target"]["name"])
+    if not engine.demo:
+        raise PluginError(f"target engine {engine.name!r} makes no target for a demo")
+    target: DemoTarget = resolve(engine.demo)(cache, progress)
+    run_file["run"] = {"directory": str(directory), **run_file.get("run", {})}
+    run_file["target"] |= target.section
+    run_file["data"] = {"train": [str(target.train_prompts)], "eval": [str(target.eval_prompts)]} | run_file.get(
+        "data", {}
+    )
+    path = directory / "demo.yaml"
+    write_yaml(path, run_file)
+    return path
