@@ -118,10 +118,10 @@ def _distribution_name(distribution: IDistribution) -> str:
         return f"unnamed in {distribution.locate_file('')}"
 
 
-def _passed_over(name: str) -> str:
-    chosen, *others = _copies(name) or [None]
-    own = chosen and chosen.locate_file("")
-    places = sorted({f"{copy.version} in {copy.locate_file('')}" for copy in others if copy.locate_file("") != own})
+def _passed_over(chosen: IDistribution, name: str) -> str:
+    own = chosen.locate_file("")
+    others = [copy for copy in _copies(name) if copy.locate_file("") != own]
+    places = sorted({f"{copy.version} in {copy.locate_file('')}" for copy in others})
     return f"other copies not used: {', '.join(places)}" if places else ""
 
 
@@ -132,7 +132,7 @@ def _read_entries(distribution: IDistribution) -> list[PluginEntry]:
     name = _distribution_name(distribution)
     version = "unknown" if name.startswith("unnamed") else distribution.version
     requirement, unmet = _core_requirement(distribution)
-    origin, passed_over = _describe_origin(distribution), _passed_over(name)
+    origin, passed_over = _describe_origin(distribution), _passed_over(distribution, name)
     entries = []
     for point in points:
         problem = _find_malformation(point)

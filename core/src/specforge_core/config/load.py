@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a run file and overrides to a :class:`RunConfig`, with errors that name file, key and line.
+
+Relative paths in a run file are relative to the current working directory, as on a command line, not to the file:
+the resolved copy in the run directory must mean the same as the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specforge_core.config.document import Keys, read_document
+from specforge_core.config.overrides import apply_override, parse_override
+from specforge_core.config.run_config import RunConfig
+from specforge_core.config.validation import validate_section
+from specforge_core.contracts import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A run file that core understands; the plugins' sections are not checked yet.
+
+    :param lines: line number of each key in the file, 1 for the first line.
+    :param overridden: the override's text, by the keys that it set.
+    """
+
+    config: RunConfig
+    path: Path
+    lines: Mapping[Keys, int]
+    overridden: Mapping[Keys, str]
+
+    def locate(self, keys: Keys) -> str:
+        """``run.yaml: training.epochs (line 12)``, or the override that set it."""
+        return _locate(self.path, self.lines, self.overridden, keys)
+
+
+def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read a run file and apply ``a.b=c`` overrides, in order.
+
+    :raises ConfigError: everything wrong with it that core can tell, at once.
+    """
+    path = Path(path)
+    document = read_document(path)
+    values: dict[str, Any] = document.values
+    overridden: dict[Keys, str] = {}
+    for text in overrides:
+        override = parse_override(text)
+        apply_override(values, override)
+        overridden = {k: v for k, v in overridden.items() if k[: len(override.keys)] != override.keys}
+        overridden[override.keys] = text
+    config, problems = validate_section(
+        RunConfig, values, locate=lambda keys: _locate(path, document.lines, overridden, keys)
+    )
+    if config is None:
+        raise _config_error(path, problems)
+    return LoadedConfig(config, path, document.lines, overridden)
+
+
+def _config_error(path: Path, problems: Sequence[tuple[str, str]]) -> ConfigError:
+    if len(problems) == 1:
+        where, message = problems[0]
+        return ConfigError(message, where=where)
+    listed = "\n".join(f"  - {where.removeprefix(f'{path}: ')}: {message}" for where, message in problems)
+    return ConfigError(f"{len(problems)} problems:\n{listed}", where=str(path))
+
+
+def _locate(path: Path, lines: Mapping[Keys, int], overridden: Mapping[Keys, str], keys: Keys) -> str:
+    dotted = ".".join(str(key) for key in keys)
+    for length in range(len(keys), 0, -1):
+        if keys[:length] in overridden:
+            return f"override {overridden[keys[:length]]!r}"
+        if keys[:length] in lines:
+            return f"{path}: {dotted} (line {lines[keys[:length]]})"
+    inside = [text for set_keys, text in overridden.items() if keys and set_keys[: len(keys)] == keys]
+    if inside:
+        return f"override {inside[0]!r}"
+    return f"{path}: {dotted}" if dotted else str(path)

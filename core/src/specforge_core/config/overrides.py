@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``a.b=c`` on the command line: one value of the run file, set for this command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from specforge_core.contracts import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Keys from the outermost section inwards, and the value as YAML reads it."""
+
+    keys: tuple[str, ...]
+    value: Any
+    text: str
+
+
+def parse_override(text: str) -> Override:
+    """Read ``section.key=value``.
+
+    :raises ConfigError: it has no ``=``, an empty key, or a value that is not YAML.
+    """
+    dotted, equals, value = text.partition("=")
+    keys = tuple(key.strip() for key in dotted.split("."))
+    if not equals or not all(keys):
+        raise ConfigError("is not section.key=value", where=f"override {text!r}", hint="e.g. training.epochs=2")
+    try:
+        return Override(keys, yaml.safe_load(value), text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        hint = "quote it as YAML, e.g. data.train='[a.jsonl, b.jsonl]'"
+        raise ConfigError("its value is not valid YAML", where=f"override {text!r}", hint=hint) from error
+
+
+def apply_override(values: dict[str, Any], override: Override) -> None:
+    """Set the value in ``values``; sections that the file leaves out are added.
+
+    :raises ConfigError: a key on the way holds a value, not a section.
+    """
+    section = values
+    for depth, key in enumerate(override.keys[:-1], start=1):
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            path = ".".join(override.keys[:depth])
+            raise ConfigError(
+                f"{path} holds a value, not a section", where=f"override {override.text!r}", hint=f"set {path}=… whole"
+            )
+    section[override.keys[-1]] = override.value

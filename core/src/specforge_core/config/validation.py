@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pydantic's errors as a person wants to read them: where, what, and the key that was probably meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from specforge_core.config.document import Keys
+from specforge_core.config.sections import Section
+from specforge_core.hooks.discovery import suggest
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+_SHOWN_CHARACTERS = 60
+
+
+def validate_section(
+    model: type[SectionT], values: Any, *, locate: Callable[[Keys], str], keys: Keys = ()
+) -> tuple[SectionT | None, list[tuple[str, str]]]:
+    """Check a section.
+
+    :param locate: says where in the user's file keys stand.
+    :param keys: where the section itself stands.
+    :returns: the section and no problems, or None and (where, what) of every problem.
+    """
+    try:
+        return model.model_validate(values), []
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    return None, [(locate((*keys, *_file_keys(detail, values))), _describe(detail, model)) for detail in details]
+
+
+def _file_keys(detail: ErrorDetails, values: Any) -> Keys:
+    """The part of pydantic's location that stands in the file (it also names union members and the like)."""
+    found: list[str | int] = []
+    rest = list(detail["loc"])
+    while rest:
+        key = rest.pop(0)
+        inside = isinstance(values, Mapping) and key in values
+        inside = inside or (isinstance(values, list) and isinstance(key, int) and key < len(values))
+        if inside:
+            found.append(key)
+            values = values[key]
+        elif detail["type"] == "missing" and not rest:
+            found.append(key)
+    return tuple(found)
+
+
+def _describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    kind, location = detail["type"], detail["loc"]
+    if kind == "extra_forbidden":
+        return _describe_unknown(location, model)
+    if kind == "missing":
+        return "is missing and has no default"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        message = "must be a section of keys and values"
+        if len(location) == 1 and isinstance(detail["input"], str):
+            message += f", like {location[0]}: {{name: {detail['input']}}}"
+    elif kind == "list_type":
+        message = "must be a list, like [a, b]"
+    shown = repr(detail["input"])
+    return f"{message}, got {shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + '…'}"
+
+
+def _describe_unknown(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    key = str(location[-1])
+    section: type[BaseModel] | None = model
+    for step in location[:-1]:
+        section = _section_of(section, str(step)) if section is not None else None
+    siblings = list(section.model_fields) if section is not None else []
+    elsewhere = [path for path in _dotted_keys(model) if path.rpartition(".")[2] == key]
+    hint = suggest(key, siblings)
+    if not hint and elsewhere:
+        hint = f"did you mean {elsewhere[0]!r}?"
+    if not hint and siblings:
+        hint = f"known here: {', '.join(siblings)}"
+    what = "unknown section" if len(location) == 1 and section is model and _dotted_keys(model) else "unknown key"
+    return f"{what} {key!r}; {hint}" if hint else f"{what} {key!r}"
+
+
+def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of a field that is a section itself, also where the field may be null."""
+    if name not in model.model_fields:
+        return None
+    annotation = model.model_fields[name].annotation
+    members = [annotation, *get_args(annotation)]
+    return next((member for member in members if isinstance(member, type) and issubclass(member, BaseModel)), None)
+
+
+def _dotted_keys(model: type[BaseModel]) -> list[str]:
+    """``section.key`` of every key one section deep."""
+    dotted = []
+    for name in model.model_fields:
+        section = _section_of(model, name)
+        dotted += [f"{name}.{key}" for key in section.model_fields] if section is not None else []
+    return dotted
