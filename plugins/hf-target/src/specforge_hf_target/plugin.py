@@ -18,6 +18,7 @@ def specforge_target_engines() -> list[TargetEngineSpec]:
             factory="specforge_hf_target.engine:HfTargetEngine",
             tokenizer="specforge_hf_target.tokenizer:load_tokenizer",
             capabilities=EngineCapabilities(decodes=True),
+            demo="specforge_hf_target.demo_target:prepare_demo",
             summary="any causal language model that transformers loads, in this process, on CPU or GPU",
         )
     ]
