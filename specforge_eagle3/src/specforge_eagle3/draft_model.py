@@ -15,9 +15,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from specforge_core.modeling import FrozenEmbedding, FrozenHead, RMSNorm, RotaryEmbedding, VocabMap, rotate
+from specforge_core.modeling import (
+    FrozenEmbedding,
+    FrozenHead,
+    RMSNorm,
+    RotaryEmbedding,
+    VocabMap,
+    gated_down,
+    rms_norm_linear,
+    rotate,
+)
 from torch import Tensor, nn
-from torch.nn import functional
 
 from specforge_eagle3.config import DraftShape
 from specforge_eagle3.loss import StepWeights, UnrollSums
@@ -132,12 +140,11 @@ class Eagle3Draft(nn.Module):
 
     def project_tokens(self, token_ids_R: Tensor, folded: FoldedWeights) -> Tensor:
         """The tokens' share of q, k and v: int64 [R] → [R, P]."""
-        normed = self.midlayer.input_layernorm(self.embed_tokens(token_ids_R))
-        return functional.linear(normed, folded.embedding)
+        return rms_norm_linear(self.embed_tokens(token_ids_R), self.midlayer.input_layernorm, folded.embedding)
 
     def project_hidden(self, state_RH: Tensor, folded: FoldedWeights) -> Tensor:
         """The hidden state's share of q, k and v: [R, H] → [R, P]."""
-        return functional.linear(self.midlayer.hidden_norm(state_RH), folded.hidden)
+        return rms_norm_linear(state_RH, self.midlayer.hidden_norm, folded.hidden)
 
     def split_heads(self, projected_RP: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [R, N, D] and k [R, G, D], rotated, and v [R, G, D]."""
@@ -147,7 +154,8 @@ class Eagle3Draft(nn.Module):
             [shape.num_attention_heads + shape.num_key_value_heads, shape.num_key_value_heads], dim=1
         )
         query, key = rotate(query_key, *angles).split([shape.num_attention_heads, shape.num_key_value_heads], dim=1)
-        return query, key, value
+        # The copy lets go of the projection, which a view would keep alive until backward.
+        return query, key, value.contiguous()
 
     def split_keys(self, projected: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """k [R, G, D], rotated, and v [R, G, D], of a projection that left the queries out."""
@@ -158,8 +166,8 @@ class Eagle3Draft(nn.Module):
         """``g_{k+1}`` from ``g_k`` and the heads' outputs: both residual branches of the layer."""
         layer = self.midlayer
         state_RH = state_RH + layer.self_attn.o_proj(attended_RND.flatten(1))
-        gate, up = functional.linear(layer.post_attention_layernorm(state_RH), folded.gate_up).chunk(2, dim=-1)
-        result: Tensor = state_RH + layer.mlp.down_proj(functional.silu(gate) * up)
+        gate_up = rms_norm_linear(state_RH, layer.post_attention_layernorm, folded.gate_up)
+        result: Tensor = state_RH + gated_down(gate_up, layer.mlp.down_proj.weight)
         return result
 
     def before_head(self, state_RH: Tensor) -> Tensor:

@@ -203,18 +203,20 @@ class _DistilUnroll(torch.autograd.Function):
         sums = total.sums
         numerator = (total.kl_S1.T @ sums[0] + total.alpha_S1.T @ sums[1] + total.log_alpha_S1.T @ sums[2]).squeeze(0)
         ctx.mark_non_differentiable(sums)
-        ctx.shape = hidden_SRH.shape
-        ctx.dtype = weight_WH.dtype
-        ctx.save_for_backward(total.grad_hidden, total.grad_weight)
+        ctx.shape, ctx.dtype = hidden_SRH.shape, weight_WH.dtype
+        # Not save_for_backward: backward scales them in place and lets go of them.
+        ctx.grads = total.grad_hidden, total.grad_weight
         return numerator, sums
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.grads is None:
+            raise RuntimeError("the unrolled loss can be differentiated once only")
+        (grad_hidden, grad_weight), ctx.grads = ctx.grads, None
         if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grads[0]).to(grad_hidden.dtype).view(ctx.shape)
+            grad_hidden = grad_hidden.mul_(grads[0]).view(ctx.shape)
         if grad_weight is not None:
-            grad_weight = (grad_weight * grads[0]).to(ctx.dtype)
+            grad_weight = grad_weight.mul_(grads[0]).to(ctx.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 

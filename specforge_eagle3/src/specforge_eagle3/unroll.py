@@ -49,7 +49,7 @@ def unrolled_sums(draft: Eagle3Draft, tensors: Mapping[str, Tensor], *, steps: i
     )
     if rows is None:
         return _nothing_trained(draft, steps)
-    hidden_SRH = draft.before_head(unroll(draft, tensors[INPUT_IDS], tensors[AUX_HIDDEN_STATES], rows, steps=steps))
+    hidden_SRH = unroll(draft, tensors[INPUT_IDS], tensors[AUX_HIDDEN_STATES], rows, steps=steps)
     labels = labels_at(draft, tensors[LAST_HIDDEN_STATES], rows.trained_M)
     index = RowIndex(rows.rows_SM, rows.counted_SM)
     return distil(hidden_SRH, draft.lm_head.weight, labels=labels, index=index, weights=weights)
@@ -74,7 +74,7 @@ def _first_keys(
 def unroll(draft: Eagle3Draft, input_ids_BT: Tensor, aux_BTLA: Tensor, rows: NeededRows, *, steps: int) -> Tensor:
     """Run the draft's layer ``steps`` times over the needed rows.
 
-    :returns: ``g_1 … g_S``, [S, R, H], before the norm that stands in front of the head.
+    :returns: what the head reads at each step, [S, R, H].
     """
     batch, length = input_ids_BT.shape
     layout, shape = rows.layout, draft.shape
@@ -97,7 +97,7 @@ def unroll(draft: Eagle3Draft, input_ids_BT: Tensor, aux_BTLA: Tensor, rows: Nee
         sample = rows.flat_R // length
         state = all_states[sample * rows.key_length + rows.positions_R]
 
-    states: list[Tensor] = []
+    outputs: list[Tensor] = []
     own: list[tuple[Tensor, Tensor]] = []
     key_BGJD = value_BGJD = torch.empty(0)
     for k in range(steps):
@@ -111,5 +111,5 @@ def unroll(draft: Eagle3Draft, input_ids_BT: Tensor, aux_BTLA: Tensor, rows: Nee
         else:
             own.append((key, value))
         state = draft.finish_layer(state, attend(layout, query, key_BGJD, value_BGJD, own), folded)
-        states.append(state)
-    return torch.stack(states)
+        outputs.append(draft.before_head(state))
+    return torch.stack(outputs)

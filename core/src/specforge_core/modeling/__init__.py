@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building blocks that strategies share: frozen target weights, vocabulary map, norm, RoPE, attention."""
+"""Building blocks that strategies share: frozen target weights, vocabulary map, norm, RoPE, attention, SwiGLU."""
 
 from specforge_core.modeling.attention import QueryLayout, attend, attend_plain, causal_padding_mask
 from specforge_core.modeling.frozen import FrozenEmbedding, FrozenHead
-from specforge_core.modeling.norm import RMSNorm, rms_norm
+from specforge_core.modeling.gated import gated_down
+from specforge_core.modeling.norm import RMSNorm, rms_norm, rms_norm_linear
 from specforge_core.modeling.rotary import RotaryEmbedding, rotate
 from specforge_core.modeling.vocab_map import VocabMap
 
@@ -17,6 +18,8 @@ __all__ = [
     "attend",
     "attend_plain",
     "causal_padding_mask",
+    "gated_down",
     "rms_norm",
+    "rms_norm_linear",
     "rotate",
 ]

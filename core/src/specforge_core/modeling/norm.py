@@ -13,29 +13,55 @@ import torch
 from torch import Tensor, nn
 
 
+def _scale(x32: Tensor, eps: float) -> Tensor:
+    """A row's factor 1/rms, fp32 [..., 1]: the only statistic."""
+    square: Tensor = torch.linalg.vecdot(x32, x32)
+    return square.div_(x32.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+
+
+def _apply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * scale).to(x.dtype).mul_(weight)
+
+
+def _backward(
+    grad: Tensor, saved: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight, where wanted."""
+    x, weight, scale = saved
+    grad32, unit = grad.float(), x.float() * scale
+    grad_weight = (grad32 * unit).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype) if wanted[1] else None
+    if not wanted[0]:
+        return None, grad_weight
+    inner = grad32 * weight.float()
+    mean = torch.linalg.vecdot(inner, unit).div_(x.shape[-1]).unsqueeze(-1)
+    return inner.sub_(unit.mul_(mean)).mul_(scale).to(x.dtype), grad_weight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
-        # A row's factor 1/rms: the only statistic, kept in fp32.
-        scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        scale = _scale(x.float(), eps)
         ctx.save_for_backward(x, weight, scale)
-        result: Tensor = (x32 * scale).to(x.dtype).mul_(weight)
-        return result
+        return _apply(x, weight, scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors
-        grad = grads[0].float()
-        unit = x.float() * scale
-        grad_weight = grad_x = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (grad * unit).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            inner = grad * weight.float()
-            mean = torch.linalg.vecdot(inner, unit).div_(x.shape[-1]).unsqueeze(-1)
-            grad_x = inner.sub_(unit.mul_(mean)).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(grads[0], ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+
+
+class _RMSNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, matrix: Tensor) -> Tensor:
+        scale = _scale(x.float(), eps)
+        ctx.save_for_backward(x, weight, scale, matrix)
+        return _apply(x, weight, scale) @ matrix.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale, matrix = ctx.saved_tensors
+        grad_matrix = grads[0].T @ _apply(x, weight, scale) if ctx.needs_input_grad[3] else None
+        grad_x, grad_weight = _backward(grads[0] @ matrix, (x, weight, scale), ctx.needs_input_grad[:2])
+        return grad_x, grad_weight, None, grad_matrix
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,6 +71,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     :param weight: [H], of x's dtype.
     """
     result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return result
+
+
+def rms_norm_linear(x: Tensor, norm: RMSNorm, matrix: Tensor) -> Tensor:
+    """A linear map of the normed x: [R, H] and [O, H] → [R, O]. The normed x is recomputed in backward, not kept."""
+    result: Tensor = _RMSNormLinear.apply(x, norm.weight, norm.eps, matrix)  # type: ignore[no-untyped-call]
     return result
 
 
