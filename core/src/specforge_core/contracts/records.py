@@ -176,13 +176,11 @@ def check_metadata_only(ref: SampleRef) -> None:
     """
     for item in fields(ref):
         value = getattr(ref, item.name)
-        if item.name == "features":
-            for spec in value:
-                plain = isinstance(spec, FeatureSpec) and all(type(n) is int for n in spec.shape)
-                if not plain:
-                    raise TypeError(f"SampleRef.features of {ref.sample_id!r} holds a {type(spec).__name__}")
-        elif type(value) not in _PLAIN:
+        if item.name != "features" and type(value) not in _PLAIN:
             raise TypeError(f"SampleRef.{item.name} of {ref.sample_id!r} holds a {type(value).__name__}, not metadata")
+    for spec in ref.features:
+        if not isinstance(spec, FeatureSpec) or any(type(n) is not int for n in spec.shape):
+            raise TypeError(f"SampleRef.features of {ref.sample_id!r} holds a {type(spec).__name__}, not metadata")
 
 
 @dataclass(frozen=True, slots=True)

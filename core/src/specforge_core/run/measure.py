@@ -118,7 +118,7 @@ def bench_draft(run: Run, trained: TrainedDraft) -> BenchResult:
             speculative=run.engine.decoder(plan.request),
             drafter=run.strategy.drafter(trained.draft.eval(), run.frozen_source()),
         ),
-        limits=DecodeLimits(settings.max_new_tokens, plan.info.eos_token_ids),
+        limits=DecodeLimits(max_new_tokens=settings.max_new_tokens, eos_token_ids=plan.info.eos_token_ids),
         draft_tokens=settings.draft_tokens,
         facts={
             "target": plan.info.name_or_path,

@@ -19,7 +19,9 @@ def describe_run(resolved: Mapping[str, Any], plugins: Mapping[str, Any], *, pro
     """
     return {
         "config": dict(resolved),
-        "plugins": dict(plugins),
+        "plugins": {
+            part: {key: source[key] for key in ("distribution", "version")} for part, source in plugins.items()
+        },
         "prompts": prompts,
         "machine": {
             "python": platform.python_version(),
