@@ -21,7 +21,7 @@ from torch import Tensor
 from specforge_core.contracts import Drafter, TargetDecoder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class DecodeLimits:
     """Where decoding ends.
 

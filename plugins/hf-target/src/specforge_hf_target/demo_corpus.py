@@ -22,8 +22,10 @@ HELD_OUT_EVERY = 10
 
 # Installed code is no standard library; the rest is missing from some systems' Python packages.
 _SKIPPED = frozenset(
-    ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "distutils")
-    + ("ensurepip", "turtledemo", "pydoc_data", "lib-dynload", "tkinter", "__pycache__")
+    (
+        *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "distutils"),
+        *("ensurepip", "turtledemo", "pydoc_data", "lib-dynload", "tkinter", "__pycache__"),
+    )
 )
 
 

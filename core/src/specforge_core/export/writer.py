@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a draft for serving and believes it only after reading it back. Stage 8: the end of a run's data flow.
+
+The strategy writes into a directory aside; the result is loaded again, every tensor is compared bit by bit and both
+drafts must propose the same tokens on a fixed probe; only then is the directory renamed into place. Servers load a
+draft with a missing weight silently, so nothing less will do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from specforge_core.contracts import (
+    AUX_HIDDEN_STATES,
+    LAST_HIDDEN_STATES,
+    CaptureRequest,
+    ExportError,
+    FrozenSource,
+    Strategy,
+    TargetInfo,
+)
+
+PROVENANCE_FILE = "specforge.json"
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """What is written where.
+
+    :param format: one that the strategy writes.
+    :param provenance: strategy, versions, step and the like; goes into ``specforge.json`` beside the weights.
+    :param overwrite: replace what is in the directory.
+    """
+
+    directory: Path
+    format: str
+    provenance: Mapping[str, object]
+    overwrite: bool = False
+
+
+def export_draft(strategy: Strategy, draft: nn.Module, target: FrozenSource, *, plan: ExportPlan) -> Path:
+    """Write, read back, compare, and only then make visible.
+
+    :returns: the directory.
+    :raises ExportError: the directory is in use, cannot be written, or does not reload to the same draft.
+    """
+    directory = plan.directory
+    if directory.exists() and not directory.is_dir():
+        raise ExportError("there is a file of that name", where=str(directory), hint="choose another directory")
+    if directory.is_dir() and any(directory.iterdir()) and not plan.overwrite:
+        raise ExportError("this directory is not empty", where=str(directory), hint="remove it, or ask to overwrite")
+    aside = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        strategy.export(draft, aside, format=plan.format, target=target.info)
+        _write_provenance(aside / PROVENANCE_FILE, plan, target.info)
+        _verify(strategy, draft, strategy.load_export(aside, target), target)
+        _sync(aside)
+        _replace(aside, directory)
+    except OSError as error:
+        raise ExportError(
+            f"the export cannot be written: {error.strerror or error}",
+            where=str(directory),
+            hint="free space or choose another directory; what was there before is unchanged",
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return directory
+
+
+def _write_provenance(path: Path, plan: ExportPlan, info: TargetInfo) -> None:
+    facts = {"format": plan.format, "target": info.name_or_path, **plan.provenance}
+    path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _verify(strategy: Strategy, written: nn.Module, read: nn.Module, target: FrozenSource) -> None:
+    """:raises ExportError: the draft that was read back is not the one that was written."""
+    expected, found = written.state_dict(), read.state_dict()
+    if expected.keys() != found.keys():
+        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        raise ExportError(f"reloading gives other tensors: missing {missing}, unexpected {extra}", hint=_BUG)
+    for name, tensor in expected.items():
+        if not _same_bits(tensor, found[name]):
+            raise ExportError("reloading changes this tensor", where=name, hint=_BUG)
+    info = target.info
+    request = strategy.capture_request(info)
+    proposals = [_probe(strategy, draft, target, request) for draft in (written, read)]
+    if not torch.equal(*proposals):
+        raise ExportError(
+            f"the reloaded draft proposes {proposals[1].tolist()}, the one written {proposals[0].tolist()}", hint=_BUG
+        )
+
+
+_BUG = "the strategy's export and load_export disagree; nothing was left behind"
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    a, b = (tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right))
+    return torch.equal(a, b)
+
+
+def _probe(strategy: Strategy, draft: nn.Module, target: FrozenSource, request: CaptureRequest) -> Tensor:
+    """What a draft proposes after fixed tokens with fixed random features."""
+    info = target.info
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, request.dtype)
+    features: dict[str, Tensor] = {}
+    for spec in request.specs(PROBE_TOKENS, info.hidden_size):
+        if spec.name in (AUX_HIDDEN_STATES, LAST_HIDDEN_STATES):
+            features[spec.name] = torch.randn(spec.shape, generator=generator).to(dtype)
+    token_ids = torch.randint(info.vocab_size, (PROBE_TOKENS + 1,), generator=generator)
+    was_training = draft.training
+    draft.eval()
+    try:
+        with torch.no_grad():
+            drafter = strategy.drafter(draft, target)
+            drafter.reset()
+            drafter.extend(token_ids, features)
+            return drafter.propose(drafter.max_draft_tokens).cpu()
+    finally:
+        draft.train(was_training)
+
+
+def _sync(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _replace(aside: Path, directory: Path) -> None:
+    """Rename into place; what was there before goes only once the new export stands."""
+    former = directory.with_name(f".{directory.name}.former-{os.getpid()}")
+    if directory.is_dir():
+        os.rename(directory, former)
+    try:
+        os.rename(aside, directory)
+    except OSError:
+        if former.is_dir():
+            os.rename(former, directory)
+        raise
+    shutil.rmtree(former, ignore_errors=True)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export appears only if reading it back gives the draft that was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from specforge_core.contracts import CaptureRequest, Drafter, ExportError, TargetInfo
+from specforge_core.export.writer import ExportPlan, export_draft
+from torch import Tensor, nn
+
+from tests.toy_decoding import ScriptedDrafter
+from tests.toy_strategy import ToyDraft, ToyStrategy, build_draft
+
+INFO = TargetInfo("counting", "Counting", 4, 6, 11, "float32", 8, 1, 1, 6, 1e-6, 64)
+
+
+class ToySource:
+    info = INFO
+
+    def frozen_weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        return {}
+
+    def token_counts(self) -> Tensor:
+        return torch.ones(INFO.vocab_size, dtype=torch.int64)
+
+
+class SumDrafter(ScriptedDrafter):
+    """Proposes a token that depends on the draft's weights and on something outside its state."""
+
+    def __init__(self, draft: ToyDraft) -> None:
+        super().__init__(right_until=0)
+        self._token = int(draft.inner.weight.abs().sum() * 1000) + getattr(draft, "offset", 0)
+
+    def extend(self, token_ids: Tensor, features: Mapping[str, Tensor]) -> None:
+        assert features["aux_hidden_states"].shape[-1] == INFO.hidden_size
+
+    def propose(self, max_tokens: int) -> Tensor:
+        return torch.tensor([self._token])
+
+
+class ExportingStrategy(ToyStrategy):
+    """Writes and reads its tensors; ``spoil`` is done to the draft that was read."""
+
+    def __init__(self, spoil=lambda draft: None) -> None:
+        super().__init__()
+        self._spoil = spoil
+
+    def capture_request(self, info: TargetInfo) -> CaptureRequest:
+        return CaptureRequest(aux_layer_ids=(1,))
+
+    def drafter(self, draft: nn.Module, target) -> Drafter:
+        return SumDrafter(draft)
+
+    def export(self, draft: nn.Module, directory: Path, *, format: str, target: TargetInfo) -> None:
+        save_file(draft.state_dict(), directory / "model.safetensors")
+
+    def load_export(self, directory: Path, target) -> nn.Module:
+        draft = build_draft(seed=9)
+        draft.load_state_dict(load_file(directory / "model.safetensors"))
+        self._spoil(draft)
+        return draft
+
+
+def write(directory: Path, strategy: ExportingStrategy, *, overwrite: bool = False) -> Path:
+    plan = ExportPlan(directory=directory, format="toy", provenance={"step": 7}, overwrite=overwrite)
+    return export_draft(strategy, build_draft(), ToySource(), plan=plan)
+
+
+def test_export_holds_weights_and_where_they_come_from(tmp_path):
+    directory = write(tmp_path / "export" / "toy", ExportingStrategy())
+    assert (directory / "model.safetensors").is_file()
+    facts = json.loads((directory / "specforge.json").read_text())
+    assert facts == {"format": "toy", "target": "counting", "step": 7}
+    assert [path.name for path in directory.parent.iterdir()] == ["toy"]
+
+
+def change_one_bit(draft: ToyDraft) -> None:
+    flat = draft.inner.weight.data.view(torch.int32)
+    flat[0, 0] ^= 1
+
+
+def change_dtype(draft: ToyDraft) -> None:
+    draft.heads[0].half()
+
+
+def lose_buffer(draft: ToyDraft) -> None:
+    del draft.kept
+
+
+def forget_setting(draft: ToyDraft) -> None:
+    draft.offset = 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (change_one_bit, "inner.weight"),
+        (change_dtype, "heads.0"),
+        (lose_buffer, "kept"),
+        (forget_setting, "proposes"),
+    ],
+)
+def test_export_that_reloads_to_another_draft_is_refused_and_leaves_nothing(tmp_path, spoil, said):
+    with pytest.raises(ExportError, match=said):
+        write(tmp_path / "toy", ExportingStrategy(spoil))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_in_use_is_kept_unless_overwriting(tmp_path):
+    directory = tmp_path / "toy"
+    directory.mkdir()
+    (directory / "notes").write_text("mine")
+    with pytest.raises(ExportError, match="not empty"):
+        write(directory, ExportingStrategy())
+    assert (directory / "notes").read_text() == "mine"
+    with pytest.raises(ExportError):
+        write(directory, ExportingStrategy(lose_buffer), overwrite=True)
+    assert (directory / "notes").read_text() == "mine"
+    write(directory, ExportingStrategy(), overwrite=True)
+    assert not (directory / "notes").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+
+
+def test_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "toy").write_text("a file")
+    with pytest.raises(ExportError, match="file of that name"):
+        write(tmp_path / "toy", ExportingStrategy(), overwrite=True)
