@@ -162,12 +162,19 @@ class PluginRegistry:
                 if entry.kind != "observer" or entry.status == "disabled":
                     continue
                 try:
-                    self._register(self.choose("observer", entry.name))
+                    self.load_observer(entry)
                     loaded[entry.value] = entry
                 except PluginError as error:
                     _log.warning("an observer is left out: %s", error)
             self._observers = Observers(self._manager, loaded)
         return self._observers
+
+    def load_observer(self, entry: PluginEntry) -> None:
+        """Import one observer.
+
+        :raises PluginError: it is in conflict, incompatible or broken.
+        """
+        self._register(self.choose("observer", entry.name))
 
     def provenance(self, parts: Iterable[tuple[Kind, str]]) -> dict[str, dict[str, str]]:
         """Where each chosen part comes from: ``{"kind:name": {distribution, version, origin}}``."""

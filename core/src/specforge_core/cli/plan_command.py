@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plan``: what a run would do, composed without importing torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specforge_core.config.plan import Plan
+    from specforge_core.hooks.descriptors import PartSpec
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("plan")(plan)
+
+
+def plan(
+    ctx: typer.Context,
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="Run file, or the directory of a run that was started.", show_default=False),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as training.epochs=2.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
+) -> None:
+    """Compose a run from its parts and print what it would do, or everything that does not fit.
+
+    Imports no torch, loads no model, writes nothing.
+
+    Example: specforge plan run.yaml topology=colocated
+    """
+    from rich.console import Console
+
+    from specforge_core.config.load import load_run_config
+    from specforge_core.config.plan import compose
+    from specforge_core.run.directory import run_file_of
+
+    composed = compose(load_run_config(run_file_of(run), overrides or []), ctx.obj)
+    if as_json:
+        typer.echo(json.dumps(composed.as_json(), indent=2))
+    else:
+        render_plan(composed, Console())
+
+
+def render_plan(plan: Plan, console: Console) -> None:
+    """Parts, tensors, bytes and what each half will do."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    config, info = plan.config, plan.info
+    parts = Table("part", "name", "from", "what it is", title="parts", title_justify="left")
+    specs: dict[str, PartSpec] = {
+        "strategy": plan.strategy,
+        "target-engine": plan.target_engine,
+        "feature-store": plan.feature_store,
+        "ref-channel": plan.ref_channel,
+    }
+    for kind, spec in specs.items():
+        source = plan.provenance[f"{kind}:{spec.name}"]
+        parts.add_row(kind, escape(spec.name), f"{source['distribution']} {source['version']}", escape(spec.summary))
+    tensors = Table("tensor", "shape", "dtype", "bytes", title="one sample, longest", title_justify="left")
+    for tensor in plan.tensors:
+        norm = f" ({tensor.norm} norm)" if tensor.norm else ""
+        tensors.add_row(f"{tensor.name}{norm}", str(list(tensor.shape)), tensor.dtype, format_bytes(tensor.nbytes))
+    console.print(parts)
+    console.print(tensors)
+    halves = plan.halves()
+    lines = [
+        f"run        {config.run.directory} ({config.topology})",
+        f"target     {info.name_or_path}: {info.architecture}, {info.num_layers} layers, hidden {info.hidden_size}, "
+        f"vocabulary {info.vocab_size}, {info.dtype}",
+        f"layers     {', '.join(str(layer) for layer in plan.request.aux_layer_ids) or 'none'} captured",
+        f"bytes      {format_bytes(plan.bytes_per_token)} per token, {format_bytes(plan.bytes_per_sample)} per sample, "
+        f"{format_bytes(plan.bytes_per_window)} per window, at most",
+        f"capture    {halves['capture']}",
+        f"train      {halves['train']}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def format_bytes(count: float) -> str:
+    """``1536`` as ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"

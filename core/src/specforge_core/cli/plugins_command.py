@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``plugins``, ``plugins check`` and ``plugins show``. Listing reads metadata; only the other two import plugins."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specforge_core.cli.text_table import format_table
+from specforge_core.hooks.discovery import PluginEntry, list_entries
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from specforge_core.hooks.descriptors import PartSpec
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+
+plugins = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(plugins, name="plugins")
+
+
+@plugins.callback()
+def list_plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
+    """List installed plugins from their metadata; imports none of them.
+
+    \b
+    Status: ok; disabled (--no-plugin); shadowed (two distributions offer one name);
+    incompatible (asks for another core); broken (see `specforge plugins check`).
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    entries = list_entries(ctx.obj)
+    if as_json:
+        typer.echo(json.dumps([entry.as_json() for entry in entries], indent=2))
+        return
+    header = ("KIND", "NAME", "DISTRIBUTION", "VERSION", "ORIGIN", "NEEDS CORE", "STATUS")
+    rows = [(e.kind, e.name, e.distribution, e.version, e.origin, e.requires or "-", e.status) for e in entries]
+    typer.echo(format_table(header, rows))
+    for entry in entries:
+        if entry.detail:
+            typer.echo(f"{entry.kind} {entry.name} of {entry.source}: {entry.detail}")
+    for kind in ("strategy", "target-engine"):
+        if not any(entry.kind == kind for entry in entries):
+            typer.echo(f"no {kind} is installed; a run needs one")
+
+
+@plugins.command("check")
+def check_plugins(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Name, distribution or KIND:NAME. Default: all.")] = None,
+    deadline: Annotated[float, typer.Option("--deadline", min=1, help="Seconds for each plugin.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Import each plugin in a process of its own and report what was found.
+
+    Exit status 1 if any is broken, incompatible or in conflict. Disabled plugins are passed over.
+    """
+    from specforge_core.cli.plugin_check import check_entries
+
+    entries = list_entries(ctx.obj)
+    chosen = [entry for entry in _select(entries, name) if entry.status != "disabled"]
+    results = check_entries(chosen, among=entries, deadline=deadline)
+    if as_json:
+        typer.echo(json.dumps([result.as_json() for result in results], indent=2))
+    else:
+        rows = [(r.kind, r.name, r.distribution, r.version, r.status) for r in results]
+        typer.echo(format_table(("KIND", "NAME", "DISTRIBUTION", "VERSION", "STATUS"), rows))
+        for result in results:
+            if result.detail:
+                typer.echo(f"{result.kind} {result.name} of {result.source}: {result.detail}")
+    if any(result.status != "ok" for result in results):
+        raise typer.Exit(1)
+
+
+@plugins.command("show")
+def show_plugin(
+    ctx: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name, distribution or KIND:NAME.")],
+    as_json: AsJson = False,
+) -> None:
+    """Everything about a plugin: where it comes from, what it can do, and its settings in a run file.
+
+    Example: specforge plugins show feature-store:file
+    """
+    from specforge_core.hooks.manager import PluginRegistry
+
+    registry = PluginRegistry(list_entries(ctx.obj))
+    shown = []
+    for entry in registry.find(name):
+        usable = entry.status == "ok" and entry.kind != "observer"
+        spec = registry.part(entry.kind, entry.name) if usable else None
+        shown.append(_describe(entry, spec))
+        if not as_json:
+            typer.echo(_format_entry(entry, spec))
+    if as_json:
+        typer.echo(json.dumps(shown, indent=2))
+
+
+def _select(entries: list[PluginEntry], name: str | None) -> list[PluginEntry]:
+    if name is None:
+        return entries
+    from specforge_core.hooks.manager import PluginRegistry
+
+    return PluginRegistry(entries).find(name)
+
+
+def _describe(entry: PluginEntry, spec: PartSpec | None) -> dict[str, object]:
+    if spec is None:
+        return dict(entry.as_json())
+    return {**entry.as_json(), "summary": spec.summary, "factory": spec.factory, "schema": _schema(spec.config)}
+
+
+def _schema(config: type[BaseModel]) -> dict[str, object]:
+    return config.model_json_schema()
+
+
+def _format_entry(entry: PluginEntry, spec: PartSpec | None) -> str:
+    lines = [
+        f"{entry.kind} {entry.name}: {spec.summary if spec else entry.status}",
+        f"  from      {entry.source} ({entry.origin}), {entry.value}",
+        f"  core      {entry.requires or 'no requirement'}",
+        f"  status    {entry.status}{': ' + entry.detail if entry.detail else ''}",
+    ]
+    if spec is None:
+        return "\n".join(lines)
+    lines.append(f"  loads     {spec.factory}")
+    lines += [f"  can       {text}" for text in _capabilities(spec)]
+    lines.append("  settings")
+    for name, field in spec.config.model_fields.items():
+        if name != "name":
+            default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
+            lines.append(f"    {name}: {field.description or ''} [{default}]")
+    return "\n".join(lines)
+
+
+def _capabilities(spec: PartSpec) -> list[str]:
+    from dataclasses import asdict
+
+    from specforge_core.hooks.descriptors import StrategySpec
+
+    if isinstance(spec, StrategySpec):
+        return [f"export to {', '.join(spec.export_formats)}"] if spec.export_formats else []
+    return [f"{key.replace('_', ' ')}: {value}" for key, value in asdict(spec.capabilities).items()]
