@@ -63,7 +63,7 @@ def _draw_curve(axes: Any, records: RunRecords, name: str) -> bool:
 
 
 def _draw_loss(axes: Any, records: RunRecords) -> bool:
-    axes.set_ylabel("loss per trained token [nats]")
+    axes.set_ylabel("loss [nats, as the strategy weighs it]")
     return _draw_curve(axes, records, "loss")
 
 
@@ -93,12 +93,12 @@ def _draw_positions(axes: Any, records: RunRecords) -> bool:
         steps, values = series(rows, f"accuracy_{position}")
         shown = values if records.evaluations else smooth(values, SMOOTH_OVER)
         color = colormaps["viridis"](position / max(count, 1))
-        axes.plot(steps, shown, color=color, marker="o" if records.evaluations else "", label=str(position + 1))
+        axes.plot(
+            steps, shown, color=color, marker="o" if records.evaluations else "", label=f"position {position + 1}"
+        )
     axes.set_ylim(0, 1)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("accuracy" + (" (held out)" if records.evaluations else " (train)"))
-    if count:
-        axes.plot([], [], " ", label="draft position")
     return bool(count)
 
 
@@ -129,15 +129,16 @@ def _draw_waiting(axes: Any, records: RunRecords) -> bool:
 def _draw_bench(axes: Any, records: RunRecords) -> bool:
     if records.bench is None:
         return False
-    shares = [value or 0.0 for value in records.bench["position_acceptance"]]
-    positions = list(range(1, len(shares) + 1))
-    bars = axes.bar(positions, shares, color=BLUE, width=0.6)
-    axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+    acceptance = records.bench["position_acceptance"]
+    positions = list(range(1, len(acceptance) + 1))
+    bars = axes.bar(positions, [value or 0.0 for value in acceptance], color=BLUE, width=0.6)
+    labels = ["never proposed" if value is None else f"{value:.2f}" for value in acceptance]
+    axes.bar_label(bars, labels, padding=2, fontsize=9)
     axes.set_xticks(positions)
     axes.set_ylim(0, 1.08)
     axes.set_xlabel("draft position")
     axes.set_ylabel("accepted / proposed")
-    return bool(shares)
+    return bool(acceptance)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
