@@ -110,6 +110,6 @@ def load_draft(run: Run, checkpoint: str) -> TrainedDraft:
     """The draft of ``latest``, ``best`` or a checkpoint's directory."""
     from specforge_core.run.measure import load_checkpoint
 
-    if checkpoint == "latest" or checkpoint == "best":
-        return load_checkpoint(run, checkpoint)
-    return load_checkpoint(run, Path(checkpoint))
+    if checkpoint == "latest":
+        return load_checkpoint(run, "latest")
+    return load_checkpoint(run, "best" if checkpoint == "best" else Path(checkpoint))

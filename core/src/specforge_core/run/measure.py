@@ -15,7 +15,7 @@ from specforge_core.contracts import CaptureRequest, DataError, ExportError, Pla
 from specforge_core.decoding.bench import BenchSides, cut_prompts, run_bench
 from specforge_core.decoding.bench_result import BenchResult
 from specforge_core.decoding.speculative import DecodeLimits
-from specforge_core.export.writer import export_draft
+from specforge_core.export.writer import ExportPlan, export_draft
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import write_json
 from specforge_core.training.evaluator import Evaluation
@@ -79,17 +79,13 @@ def write_export(run: Run, trained: TrainedDraft, *, format: str | None, overwri
             hint=f"choose one of: {', '.join(formats)}",
         )
     chosen = format or formats[0]
-    directory = run.directory.export(chosen)
-    export_draft(
-        run.strategy,
-        trained.draft,
-        directory,
+    plan = ExportPlan(
+        directory=run.directory.export(chosen),
         format=chosen,
-        target=run.frozen_source(),
-        provenance={"step": trained.step, "plugins": run.plan.provenance},
+        provenance={"strategy": run.plan.strategy.name, "step": trained.step, "plugins": run.plan.provenance},
         overwrite=overwrite,
     )
-    return directory
+    return export_draft(run.strategy, trained.draft, run.frozen_source(), plan=plan)
 
 
 def load_exported(run: Run, directory: Path) -> TrainedDraft:
