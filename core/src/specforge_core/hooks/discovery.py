@@ -100,7 +100,7 @@ def _offering_distributions() -> Iterator[IDistribution]:
     for distribution in distributions():
         if "specforge." not in (distribution.read_text("entry_points.txt") or ""):
             continue
-        name = _distribution_name(distribution)
+        name = _identify(distribution)[0]
         if name not in seen:
             seen.add(name)
             yield next(iter(_copies(name)), distribution)
@@ -111,11 +111,12 @@ def _copies(name: str) -> list[IDistribution]:
     return sorted(distributions(name=name), key=lambda copy: copy.read_text("METADATA") is None)
 
 
-def _distribution_name(distribution: IDistribution) -> str:
+def _identify(distribution: IDistribution) -> tuple[str, str, str]:
+    """Name, version and what is wrong with them; metadata may lack both, and then the directory must name it."""
     try:
-        return canonicalize_name(distribution.metadata["Name"])
-    except (FileNotFoundError, KeyError, TypeError):  # metadata without a name; the directory is what a user can find
-        return f"unnamed in {distribution.locate_file('')}"
+        return canonicalize_name(distribution.metadata["Name"]), distribution.version or "unknown", ""
+    except (FileNotFoundError, KeyError, TypeError):
+        return f"unnamed in {distribution.locate_file('')}", "unknown", "its metadata has no name or no version"
 
 
 def _passed_over(chosen: IDistribution, name: str) -> str:
@@ -129,13 +130,12 @@ def _read_entries(distribution: IDistribution) -> list[PluginEntry]:
     points = [point for point in distribution.entry_points if point.group in GROUPS]
     if not points:
         return []
-    name = _distribution_name(distribution)
-    version = "unknown" if name.startswith("unnamed") else distribution.version
-    requirement, unmet = _core_requirement(distribution)
+    name, version, defect = _identify(distribution)
+    requirement, unmet = ("", "") if defect else _core_requirement(distribution)
     origin, passed_over = _describe_origin(distribution), _passed_over(distribution, name)
     entries = []
     for point in points:
-        problem = _find_malformation(point)
+        problem = defect or _find_malformation(point)
         status: Status = "broken" if problem else "incompatible" if unmet else "ok"
         entries.append(
             PluginEntry(
