@@ -16,10 +16,10 @@ Keys = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A YAML mapping and where its keys stand (line 1 is the first)."""
+    """A YAML mapping and the line of each of its keys, by the keys as text (line 1 is the first)."""
 
     values: dict[str, Any]
-    lines: dict[Keys, int]
+    lines: dict[tuple[str, ...], int]
 
 
 def read_document(path: Path) -> Document:
@@ -69,16 +69,16 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
 
-def _read_lines(root: yaml.Node, path: Path) -> dict[Keys, int]:
+def _read_lines(root: yaml.Node, path: Path) -> dict[tuple[str, ...], int]:
     """Line of every key. An aliased node is walked once, so that nested aliases cannot blow up.
 
     :raises ConfigError: a mapping holds a key twice, or an alias contains itself.
     """
-    lines: dict[Keys, int] = {}
+    lines: dict[tuple[str, ...], int] = {}
     walked: set[int] = set()
     open_nodes: list[int] = []
 
-    def walk(node: yaml.Node, keys: Keys) -> None:
+    def walk(node: yaml.Node, keys: tuple[str, ...]) -> None:
         if id(node) in open_nodes:
             raise ConfigError("an alias contains itself", where=f"{path} (line {node.start_mark.line + 1})")
         if id(node) in walked:
@@ -94,13 +94,13 @@ def _read_lines(root: yaml.Node, path: Path) -> dict[Keys, int]:
     return lines
 
 
-def _children(node: yaml.Node, path: Path) -> list[tuple[str | int, int, yaml.Node]]:
+def _children(node: yaml.Node, path: Path) -> list[tuple[str, int, yaml.Node]]:
     if isinstance(node, yaml.SequenceNode):
-        return [(index, child.start_mark.line + 1, child) for index, child in enumerate(node.value)]
+        return [(str(index), child.start_mark.line + 1, child) for index, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         return []
     first: dict[str, int] = {}
-    children: list[tuple[str | int, int, yaml.Node]] = []
+    children: list[tuple[str, int, yaml.Node]] = []
     for key_node, child in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in first and key != "<<":

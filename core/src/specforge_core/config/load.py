@@ -29,8 +29,8 @@ class LoadedConfig:
 
     config: RunConfig
     path: Path
-    lines: Mapping[Keys, int]
-    overridden: Mapping[Keys, str]
+    lines: Mapping[tuple[str, ...], int]
+    overridden: Mapping[tuple[str, ...], str]
 
     def locate(self, keys: Keys) -> str:
         """``run.yaml: training.epochs (line 12)``, or the override that set it."""
@@ -45,7 +45,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedCo
     path = Path(path)
     document = read_document(path)
     values: dict[str, Any] = document.values
-    overridden: dict[Keys, str] = {}
+    overridden: dict[tuple[str, ...], str] = {}
     for text in overrides:
         override = parse_override(text)
         apply_override(values, override)
@@ -67,14 +67,17 @@ def _config_error(path: Path, problems: Sequence[tuple[str, str]]) -> ConfigErro
     return ConfigError(f"{len(problems)} problems:\n{listed}", where=str(path))
 
 
-def _locate(path: Path, lines: Mapping[Keys, int], overridden: Mapping[Keys, str], keys: Keys) -> str:
-    dotted = ".".join(str(key) for key in keys)
-    for length in range(len(keys), 0, -1):
-        if keys[:length] in overridden:
-            return f"override {overridden[keys[:length]]!r}"
-        if keys[:length] in lines:
-            return f"{path}: {dotted} (line {lines[keys[:length]]})"
-    inside = [text for set_keys, text in overridden.items() if keys and set_keys[: len(keys)] == keys]
+def _locate(
+    path: Path, lines: Mapping[tuple[str, ...], int], overridden: Mapping[tuple[str, ...], str], keys: Keys
+) -> str:
+    texts = tuple(str(key) for key in keys)
+    dotted = ".".join(texts)
+    for length in range(len(texts), 0, -1):
+        if texts[:length] in overridden:
+            return f"override {overridden[texts[:length]]!r}"
+        if texts[:length] in lines:
+            return f"{path}: {dotted} (line {lines[texts[:length]]})"
+    inside = [text for set_keys, text in overridden.items() if texts and set_keys[: len(texts)] == texts]
     if inside:
         return f"override {inside[0]!r}"
     return f"{path}: {dotted}" if dotted else str(path)
