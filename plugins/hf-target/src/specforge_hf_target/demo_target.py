@@ -149,8 +149,9 @@ def _answer(
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     asked = [(item, ids) for item, ids in zip(exchanges, encoded, strict=True) if len(ids) <= budget.prompt_tokens]
     answers = answer_prompts(model, [ids for _, ids in asked], answer_tokens=budget.answer_tokens, progress=progress)
-    return [
-        json.dumps({"id": f"function-{index}", "messages": _messages(item.user, tokenizer.decode(answer))}) + "\n"
-        for index, ((item, _), answer) in enumerate(zip(asked, answers, strict=True))
+    rows = [
+        {"messages": _messages(item.user, tokenizer.decode(answer, skip_special_tokens=True))}
+        for (item, _), answer in zip(asked, answers, strict=True)
         if answer
     ]
+    return [json.dumps(row) + "\n" for row in rows]
