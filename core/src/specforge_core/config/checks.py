@@ -94,7 +94,7 @@ def _check_capture(parts: Composition) -> Iterator[str]:
             f"{where}: needs last hidden states with norm {request.last_hidden_norm!r}, but target engine {name!r} "
             f"captures {' or '.join(offered.norms) or 'none'}; change the strategy's norm or the engine"
         )
-    if request.dtype not in offered.dtypes:
+    if request.dtype in DTYPE_BYTES and request.dtype not in offered.dtypes:
         yield (
             f"{where}: needs features in {request.dtype}, but target engine {name!r} gives "
             f"{', '.join(offered.dtypes)}; change the captured dtype or the engine"

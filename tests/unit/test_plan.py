@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Composing a run: what fits is described, what does not fit is said at once, and nothing imports torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_distributions import install_strategy, install_target
+from specforge_core.config.load import load_run_config
+from specforge_core.config.plan import Plan, compose
+from specforge_core.config.schema import run_schema
+from specforge_core.contracts import PlanError
+from specforge_core.hooks.manager import PluginRegistry
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PluginRegistry:
+    install_strategy(tmp_path / "site", "plan-strategy", "fancy")
+    install_target(tmp_path / "site", "plan-target", "fake")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    return PluginRegistry.discover()
+
+
+def plan(registry: PluginRegistry, *overrides: str, **changes: Any) -> Plan:
+    values = {
+        "run": {"directory": "runs/x"},
+        "target": {"name": "fake"},
+        "strategy": {"name": "fancy"},
+        "data": {"train": ["train.jsonl"], "max_length": 64},
+        **changes,
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(values))
+    return compose(load_run_config("run.yaml", overrides), registry)
+
+
+def mismatches(registry: PluginRegistry, *overrides: str, **changes: Any) -> list[str]:
+    with pytest.raises(PlanError) as caught:
+        plan(registry, *overrides, **changes)
+    return caught.value.mismatches
+
+
+def test_bytes_follow_from_the_request(registry: PluginRegistry) -> None:
+    composed = plan(registry)
+    per_token = 8 + 1 + 8 * 4 + 8 * 4  # input_ids, loss_mask, one layer and the last state in float32, hidden size 8
+    assert composed.bytes_per_token == per_token
+    assert composed.bytes_per_sample == 64 * per_token
+    assert composed.bytes_per_window == 16 * 64 * per_token
+    assert composed.feature_reuse
+    json.dumps(composed.as_json())
+
+
+@pytest.mark.parametrize(
+    ("topology", "part"), [("offline", "file"), ("colocated", "memory"), ("disaggregated", "file")]
+)
+def test_topology_chooses_the_wires(registry: PluginRegistry, topology: str, part: str) -> None:
+    composed = plan(registry, topology=topology)
+    assert (composed.feature_store.name, composed.ref_channel.name) == (part, part)
+    assert composed.feature_reuse == (topology == "offline")
+
+
+def test_resolved_run_file_gives_the_same_plan_again(registry: PluginRegistry) -> None:
+    composed = plan(registry, "training.epochs=3")
+    resolved = composed.resolved()
+    assert resolved["training"]["learning_rate"] == composed.strategy_section.optimizer_defaults.learning_rate
+    Path("again.yaml").write_text(yaml.safe_dump(resolved))
+    assert compose(load_run_config("again.yaml"), registry).resolved() == resolved
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["strategy.layers=[0,4]"], ["aux_layer_ids [4] are outside the target's layers 0 to 3"]),
+        (["strategy.layers=[1,1]"], ["name a layer twice"]),
+        (["strategy.norm=pre"], ["norm 'pre'", "captures post"]),
+        (["strategy.dtype=bfloat16"], ["needs features in bfloat16", "gives float32"]),
+        (["strategy.dtype=float1"], ["'float1' is not one of"]),
+        (["strategy.layerz=[1]"], ["override 'strategy.layerz=[1]'", "did you mean 'layers'"]),
+        (["store.name=memory"], ["not cross-process and durable", "store: {name: file}"]),
+        (["channel.name=memory"], ["not durable and replayable", "channel: {name: file}"]),
+        (["topology=disaggregated", "store.name=memory"], ["not cross-process"]),
+        (["topology=colocated", "capture.high_watermark_bytes=1000"], ["less than two windows", "149504 bytes"]),
+        (["topology=colocated", "data.features=x"], ["only `topology: offline` keeps features"]),
+        (["training.micro_batch_size=17"], ["17 is more than the 16 samples"]),
+        (["training.device=tpu"], ["'tpu' is not cpu, cuda or cuda:N"]),
+        (["evaluation.every_steps=5"], ["nothing to evaluate on"]),
+        (["data.max_length=129"], ["129 is more than the target's 128 positions"]),
+        (["data.train=[none.jsonl]"], ["none.jsonl does not exist"]),
+        (["run.directory=train.jsonl"], ["is a file; name a directory"]),
+        (["strategy.name=fanci"], ["no strategy 'fanci' is installed", "did you mean 'fancy'"]),
+        (["target.name=far"], ["pip install specforge-far-target"]),
+        (["target.name=null"], ["is missing (one of: fake"]),
+        (["target.name=3"], ["must be text"]),
+    ],
+)
+def test_a_mismatch_says_where_and_what_to_change(
+    registry: PluginRegistry, overrides: list[str], messages: list[str]
+) -> None:
+    found = mismatches(registry, *overrides)
+    assert len(found) == 1
+    for message in messages:
+        assert message in found[0]
+    assert "override" in found[0] or "run.yaml" in found[0]
+
+
+def test_every_mismatch_is_said_at_once(registry: PluginRegistry) -> None:
+    changes = {
+        "target": {"name": "nowhere"},
+        "strategy": {"name": "fancy", "wrong": 1},
+        "store": {"name": "absent"},
+        "data": {"train": ["a", "b"]},
+        "training": {"micro_batch_size": 99},
+    }
+    assert len(mismatches(registry, **changes)) == 6
+
+
+def test_schema_holds_installed_sections(registry: PluginRegistry) -> None:
+    schema, failures = run_schema(registry)
+    assert not failures
+    assert {"$ref": "#/$defs/strategy.fancy"} in schema["properties"]["strategy"]["anyOf"]
+    assert schema["$defs"]["strategy.fancy"]["properties"]["name"]["const"] == "fancy"
+    assert {"type": "null"} in schema["properties"]["store"]["anyOf"]
