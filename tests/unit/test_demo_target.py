@@ -48,7 +48,10 @@ def test_target_is_one_that_the_engine_describes(made):
     info = config.describe()
     assert (info.architecture, info.num_layers, info.hidden_size) == ("Qwen3ForCausalLM", 2, 64)
     messages = json.loads(target.eval_prompts.read_text().splitlines()[0])["messages"]
-    ids, mask = load_tokenizer(config).encode_with_assistant_mask(messages)
+    tokenizer = load_tokenizer(config)
+    ids, mask = tokenizer.encode_with_assistant_mask(messages)
+    given = tokenizer.encode(tokenizer.render(messages[:1], add_generation_prompt=True)).input_ids
+    assert list(ids[: list(mask).index(1)]) == list(given)
     assert 0 < sum(mask) < len(ids)
     assert ids[max(i for i, trained in enumerate(mask) if trained)] in info.eos_token_ids
 

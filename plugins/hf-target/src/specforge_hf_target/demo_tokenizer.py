@@ -11,15 +11,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-PAD_ID, TURN_START_ID, TURN_END_ID = 0, 1, 2
+PAD, TURN_START, TURN_END, ROLE_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_sep|>"
+PAD_ID, TURN_END_ID = 0, 2
 
+# A turn's role ends with a special token: a newline would merge with the indentation that the assistant's code begins
+# with, so that the prompt alone and the whole conversation would encode differently.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '<|im_sep|>' }}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
 )
 
 
@@ -32,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, TURN_START, TURN_END],
+        special_tokens=[PAD, TURN_START, TURN_END, ROLE_END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
