@@ -21,7 +21,7 @@ from specforge_core.modeling import (
     RMSNorm,
     RotaryEmbedding,
     VocabMap,
-    gated_down,
+    gated_mlp,
     rms_norm_linear,
     rotate,
 )
@@ -166,9 +166,8 @@ class Eagle3Draft(nn.Module):
         """``g_{k+1}`` from ``g_k`` and the heads' outputs: both residual branches of the layer."""
         layer = self.midlayer
         state_RH = state_RH + layer.self_attn.o_proj(attended_RND.flatten(1))
-        gate_up = rms_norm_linear(state_RH, layer.post_attention_layernorm, folded.gate_up)
-        result: Tensor = state_RH + gated_down(gate_up, layer.mlp.down_proj.weight)
-        return result
+        norm = layer.post_attention_layernorm
+        return state_RH + gated_mlp(state_RH, norm, folded.gate_up, layer.mlp.down_proj.weight)
 
     def before_head(self, state_RH: Tensor) -> Tensor:
         """What the head reads: the state, normed unless ``norm_output`` is off."""

@@ -18,5 +18,6 @@ def specforge_strategies() -> list[StrategySpec]:
             summary="EAGLE-3: one-layer chain draft on low, middle and high features (arXiv 2503.01840)",
             export_formats=("eagle3",),
             golden="specforge_eagle3.golden:run_golden",
+            demo="specforge_eagle3:recipes/demo.yaml",
         )
     ]

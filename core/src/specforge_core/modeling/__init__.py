@@ -3,7 +3,7 @@
 
 from specforge_core.modeling.attention import QueryLayout, attend, attend_plain, causal_padding_mask
 from specforge_core.modeling.frozen import FrozenEmbedding, FrozenHead
-from specforge_core.modeling.gated import gated_down
+from specforge_core.modeling.gated import gated_mlp
 from specforge_core.modeling.norm import RMSNorm, rms_norm, rms_norm_linear
 from specforge_core.modeling.rotary import RotaryEmbedding, rotate
 from specforge_core.modeling.vocab_map import VocabMap
@@ -18,7 +18,7 @@ __all__ = [
     "attend",
     "attend_plain",
     "causal_padding_mask",
-    "gated_down",
+    "gated_mlp",
     "rms_norm",
     "rms_norm_linear",
     "rotate",

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 
-def _scale(x32: Tensor, eps: float) -> Tensor:
+def norm_scale(x: Tensor, eps: float) -> Tensor:
     """A row's factor 1/rms, fp32 [..., 1]: the only statistic."""
+    x32 = x.float()
     square: Tensor = torch.linalg.vecdot(x32, x32)
-    return square.div_(x32.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return square.div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
 
 
-def _apply(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def norm_forward(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The normed x, from its row factors."""
     return (x.float() * scale).to(x.dtype).mul_(weight)
 
 
-def _backward(
+def norm_backward(
     grad: Tensor, saved: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and weight, where wanted."""
@@ -40,27 +42,27 @@ def _backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = _scale(x.float(), eps)
+        scale = norm_scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return _apply(x, weight, scale)
+        return norm_forward(x, weight, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(grads[0], ctx.saved_tensors, ctx.needs_input_grad[:2]), None
+        return *norm_backward(grads[0], ctx.saved_tensors, ctx.needs_input_grad[:2]), None
 
 
 class _RMSNormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, matrix: Tensor) -> Tensor:
-        scale = _scale(x.float(), eps)
+        scale = norm_scale(x, eps)
         ctx.save_for_backward(x, weight, scale, matrix)
-        return _apply(x, weight, scale) @ matrix.T
+        return norm_forward(x, weight, scale) @ matrix.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, matrix = ctx.saved_tensors
-        grad_matrix = grads[0].T @ _apply(x, weight, scale) if ctx.needs_input_grad[3] else None
-        grad_x, grad_weight = _backward(grads[0] @ matrix, (x, weight, scale), ctx.needs_input_grad[:2])
+        grad_matrix = grads[0].T @ norm_forward(x, weight, scale) if ctx.needs_input_grad[3] else None
+        grad_x, grad_weight = norm_backward(grads[0] @ matrix, (x, weight, scale), ctx.needs_input_grad[:2])
         return grad_x, grad_weight, None, grad_matrix
 
 
