@@ -63,7 +63,7 @@ class RotaryEmbedding:
         if _number(parameters, "partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError("RoPE over a part of the head is not implemented", where="rope_parameters")
         theta = _number(parameters, "rope_theta", 10000.0)
-        frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         self._scale = 1.0
         if kind == "linear":
             frequency = frequency / _number(parameters, "factor")
