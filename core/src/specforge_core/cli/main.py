@@ -127,13 +127,24 @@ def _disabled_by_environment() -> list[str]:
     return [name.strip() for name in os.environ.get("SPECFORGE_DISABLE_PLUGINS", "").split(",") if name.strip()]
 
 
+def _list_plugins_at_once(*, as_json: bool) -> None:
+    """The plain listing without the command parser, which builds a pydantic adapter of every option it parses."""
+    from specforge_core.cli.plugins_command import print_plugins
+
+    print_plugins(_disabled_by_environment(), as_json=as_json)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0, 1 where it found something wrong, 2 for errors, 130 for Ctrl-C.
 
     What a user can act on is one message on standard error; anything else is a bug and keeps its traceback.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="specforge")
+        if given in (["plugins"], ["plugins", "--json"]):
+            _list_plugins_at_once(as_json="--json" in given)
+        else:
+            app(args=given, prog_name="specforge")
     except RunStopped as stopped:
         sys.stderr.write(f"{stopped}\n")
         sys.exit(EXIT_INTERRUPTED)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,9 +35,13 @@ def list_plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
     Status: ok; disabled (--no-plugin); shadowed (two distributions offer one name);
     incompatible (asks for another core); broken (see `specforge plugins check`).
     """
-    if ctx.invoked_subcommand is not None:
-        return
-    entries = list_entries(ctx.obj)
+    if ctx.invoked_subcommand is None:
+        print_plugins(ctx.obj, as_json=as_json)
+
+
+def print_plugins(disabled: Sequence[str], *, as_json: bool) -> None:
+    """The listing."""
+    entries = list_entries(disabled)
     if as_json:
         typer.echo(json.dumps([entry.as_json() for entry in entries], indent=2))
         return
@@ -55,7 +60,7 @@ def list_plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
 def check_plugins(
     ctx: typer.Context,
     name: Annotated[str | None, typer.Argument(help="Name, distribution or KIND:NAME. Default: all.")] = None,
-    deadline: Annotated[float, typer.Option("--deadline", min=1, help="Seconds for each plugin.")] = 60.0,
+    deadline: Annotated[float, typer.Option("--deadline", help="Seconds for each plugin.")] = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Import each plugin in a process of its own and report what was found.
