@@ -21,8 +21,13 @@ import torch
 from specforge_core.modeling import FrozenHead, VocabMap
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 4_000_000
-"""Logits held at once, draft's or target's: 16 MB in fp32, about what a processor's last cache holds."""
+_CACHE_ELEMENTS = 4_000_000
+_DEVICE_ELEMENTS = 64_000_000
+
+
+def _chunk_size(device: torch.device, width: int) -> int:
+    """Positions of a chunk: on CPU its logits fit a processor's last cache (16 MB), elsewhere they fill the device."""
+    return max(1, (_CACHE_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS) // width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +200,7 @@ class _DistilUnroll(torch.autograd.Function):
         wanted = (bool(ctx.needs_input_grad[0]), bool(ctx.needs_input_grad[1]))
         total = _Accumulator(hidden_SRH, weight_WH, weights, wanted)
         widest = max(labels.head.weight.shape[0], hidden_SRH.shape[0] * weight_WH.shape[0])
-        size = max(1, _CHUNK_ELEMENTS // widest)
+        size = _chunk_size(hidden_SRH.device, widest)
         for start in range(0, labels.hidden_MA.shape[0], size):
             chunk = _label_chunk(labels, index, slice(start, start + size))
             if chunk is not None:
@@ -241,6 +246,6 @@ def count_in_vocabulary(labels: Labels, counted_SM: Tensor) -> Tensor:
     labels.head.require_loaded()
     if not labels.hidden_MA.shape[0]:
         return counted_SM.sum(1).float()
-    size = max(1, _CHUNK_ELEMENTS // labels.head.weight.shape[0])
+    size = _chunk_size(labels.hidden_MA.device, labels.head.weight.shape[0])
     inside = [labels.vocabulary.t2d[labels.head.logits(part).argmax(-1)] for part in labels.hidden_MA.split(size)]
     return (counted_SM & torch.cat(inside)).sum(1).float()
