@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specforge_core.cli.plugin_list import print_plugins
 from specforge_core.cli.text_table import format_table
 from specforge_core.hooks.discovery import PluginEntry, list_entries
 
@@ -37,23 +37,6 @@ def list_plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
     """
     if ctx.invoked_subcommand is None:
         print_plugins(ctx.obj, as_json=as_json)
-
-
-def print_plugins(disabled: Sequence[str], *, as_json: bool) -> None:
-    """The listing."""
-    entries = list_entries(disabled)
-    if as_json:
-        typer.echo(json.dumps([entry.as_json() for entry in entries], indent=2))
-        return
-    header = ("KIND", "NAME", "DISTRIBUTION", "VERSION", "ORIGIN", "NEEDS CORE", "STATUS")
-    rows = [(e.kind, e.name, e.distribution, e.version, e.origin, e.requires or "-", e.status) for e in entries]
-    typer.echo(format_table(header, rows))
-    for entry in entries:
-        if entry.detail:
-            typer.echo(f"{entry.kind} {entry.name} of {entry.source}: {entry.detail}")
-    for kind in ("strategy", "target-engine"):
-        if not any(entry.kind == kind for entry in entries):
-            typer.echo(f"no {kind} is installed; a run needs one")
 
 
 @plugins.command("check")
