@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environments that see nothing of this repository but what is installed into them; ``packaging/conftest.py`` makes them.
+"""Environments that see nothing of this repository but what is installed into them.
 
 Third-party packages are shared with the environment that runs the tests (torch alone is hundreds of megabytes), through
 a directory of links that leaves out everything of ours, editable installs and ``.pth`` files included.

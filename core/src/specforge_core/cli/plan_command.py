@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     ctx: typer.Context,
+    *,
     run: Annotated[
         Path,
         typer.Argument(metavar="RUN", help="Run file, or the directory of a run that was started.", show_default=False),

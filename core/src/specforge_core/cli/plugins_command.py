@@ -42,6 +42,7 @@ def list_plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
 @plugins.command("check")
 def check_plugins(
     ctx: typer.Context,
+    *,
     name: Annotated[str | None, typer.Argument(help="Name, distribution or KIND:NAME. Default: all.")] = None,
     deadline: Annotated[float, typer.Option("--deadline", help="Seconds for each plugin.")] = 60.0,
     as_json: AsJson = False,
