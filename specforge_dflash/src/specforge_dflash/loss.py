@@ -129,9 +129,8 @@ def dpace_weights(scores: SlotScores, *, loss_type: LossType, alpha: float) -> T
     return value_MK.flatten()[blocks.trained_E]
 
 
-def accepted_lengths(scores: SlotScores, correct_E: Tensor) -> Tensor:
+def accepted_lengths(blocks: PackedBlocks, correct_E: Tensor) -> Tensor:
     """Leading correct slots of each block, given the true tokens before each: int64 [M]; untrained slots are passed."""
-    blocks = scores.blocks
     correct_R = torch.ones(blocks.layout.num_rows, dtype=torch.int64, device=correct_E.device)
     trained_R = torch.zeros_like(correct_R)
     correct_R[blocks.trained_E] = correct_E.long()

@@ -37,7 +37,7 @@ from specforge_dflash.draft_model import DflashDraft
 from specforge_dflash.drafter import DflashDrafter
 from specforge_dflash.export import read_export, write_export
 from specforge_dflash.loss import SlotScores, accepted_lengths, dpace_weights
-from specforge_dflash.rows import ANCHOR_KEEP, ANCHORS
+from specforge_dflash.rows import ANCHOR_KEEP, ANCHORS, PackedBlocks
 
 WEIGHTS = "weights"
 SAMPLES = "samples"
@@ -93,12 +93,12 @@ class BlockStrategy(Strategy):
         settings = self.settings
         return slot_weights(settings.block_size, gamma=settings.loss_decay_gamma, offset=settings.label_offset)
 
-    def position_accuracy(self, scores: SlotScores | None, correct_E: Tensor | None) -> list[Ratio]:
+    def position_accuracy(self, blocks: PackedBlocks | None, correct_E: Tensor | None) -> list[Ratio]:
         """Σ w 1[argmax = label] / Σ w at each position that a drafter proposes."""
         offset, count = self.settings.label_offset, self.settings.num_draft_tokens
-        if scores is None or correct_E is None:
+        if blocks is None or correct_E is None:
             return [Ratio(0.0, 0.0)] * count
-        slots, size = scores.blocks.trained_slots, self.settings.block_size
+        slots, size = blocks.trained_slots, self.settings.block_size
         counted = torch.bincount(slots, minlength=size)
         correct = torch.bincount(slots[correct_E], minlength=size)
         first = 1 - offset
@@ -129,7 +129,7 @@ class DflashStrategy(BlockStrategy):
             weight_E = self.slot_weights().to(scores.loss_E.device)[scores.blocks.trained_slots]
         else:
             weight_E = dpace_weights(scores, loss_type=self.config.loss_type, alpha=self.config.dpace_alpha)
-        accepted = accepted_lengths(scores, scores.correct_E) + 1
+        accepted = accepted_lengths(scores.blocks, scores.correct_E) + 1
         sums = [scores.correct_E.sum(), scores.loss_E.detach().sum(), accepted.sum()]
         correct, entropy, length = torch.stack([x.double() for x in sums]).tolist()
         counted, blocks = float(scores.loss_E.shape[0]), float(accepted.shape[0])
@@ -140,7 +140,7 @@ class DflashStrategy(BlockStrategy):
         }
         return StepOutput(
             [LossTerm(denominator, (scores.loss_E * weight_E).sum())],
-            self.position_accuracy(scores, scores.correct_E),
+            self.position_accuracy(scores.blocks, scores.correct_E),
             metrics,
         )
 

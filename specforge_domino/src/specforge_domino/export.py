@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exports in the DFlash layout with ``projector_type: domino``: servers load them as DFlash drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specforge_core.contracts import ExportError, TargetInfo
+from specforge_dflash.export import draft_config, fill_weights, read_config, read_shape, require_format, write_files
+
+from specforge_domino.config import HeadShape
+from specforge_domino.draft_model import DominoDraft
+
+PROJECTOR = "domino"
+
+
+def write_export(
+    draft: DominoDraft, directory: Path, *, format: str, target: TargetInfo, aux_layer_ids: tuple[int, ...]
+) -> None:
+    """:raises ExportError: an unknown format."""
+    require_format(format, strategy="domino")
+    head = draft.head_shape
+    extra = {
+        "projector_type": PROJECTOR,
+        "emb_dim": head.emb_dim,
+        "gru_hidden_dim": head.gru_hidden_dim,
+        "pure_draft_prefix_len": head.pure_draft_prefix_len,
+        "shift_label": head.shift_label,
+    }
+    write_files(draft, directory, draft_config(draft, target, aux_layer_ids, extra))
+
+
+def head_from_config(config: Mapping[str, Any]) -> HeadShape:
+    """The correction head's shape from ``dflash_config``; what is left out there has the usual value."""
+    own, usual = config["dflash_config"], HeadShape()
+    return HeadShape(
+        emb_dim=own.get("emb_dim", usual.emb_dim),
+        gru_hidden_dim=own.get("gru_hidden_dim", usual.gru_hidden_dim),
+        pure_draft_prefix_len=own.get("pure_draft_prefix_len", usual.pure_draft_prefix_len),
+        shift_label=own.get("shift_label", usual.shift_label),
+    )
+
+
+def read_export(directory: Path, target: TargetInfo) -> DominoDraft:
+    """The draft of an export; its frozen parts are still to be loaded.
+
+    :raises ExportError: files or weights missing, of another shape, or of another target's vocabulary.
+    """
+    config = read_config(directory)
+    shape = read_shape(config, directory, target)
+    if config["dflash_config"].get("projector_type") != PROJECTOR:
+        raise ExportError("this draft has no correction head; it is not a Domino draft", where=str(directory))
+    draft = DominoDraft(shape, head_from_config(config))
+    fill_weights(draft, directory)
+    return draft
