@@ -83,7 +83,8 @@ def list_entries(disabled: Collection[str] = ()) -> list[PluginEntry]:
     :param disabled: selectors as :meth:`PluginEntry.matches` reads them.
     :raises PluginError: a selector that matches nothing installed.
     """
-    found = [entry for distribution in _offering_distributions() for entry in _read_entries(distribution)]
+    core = core_version()
+    found = [entry for distribution in _offering_distributions() for entry in _read_entries(distribution, core)]
     _check_selectors(disabled, found)
     found = [_disable(entry, disabled) for entry in found]
     found = [_mark_conflict(entry, found) for entry in found]
@@ -126,12 +127,12 @@ def _passed_over(chosen: IDistribution, name: str) -> str:
     return f"other copies not used: {', '.join(places)}" if places else ""
 
 
-def _read_entries(distribution: IDistribution) -> list[PluginEntry]:
+def _read_entries(distribution: IDistribution, core: str) -> list[PluginEntry]:
     points = [point for point in distribution.entry_points if point.group in GROUPS]
     if not points:
         return []
     name, version, defect = _identify(distribution)
-    requirement, unmet = ("", "") if defect else _core_requirement(distribution)
+    requirement, unmet = ("", "") if defect else _core_requirement(distribution, core)
     origin, passed_over = _describe_origin(distribution), _passed_over(distribution, name)
     entries = []
     for point in points:
@@ -165,9 +166,8 @@ def _find_malformation(point: EntryPoint) -> str:
     return f"there is no module named {top_level!r}" if missing else ""
 
 
-def _core_requirement(distribution: IDistribution) -> tuple[str, str]:
+def _core_requirement(distribution: IDistribution, installed: str) -> tuple[str, str]:
     """The requirement on specforge-core and, where it is not met, why."""
-    installed = core_version()
     for line in distribution.requires or []:
         try:
             requirement = Requirement(line)
