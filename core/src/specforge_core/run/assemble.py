@@ -44,7 +44,7 @@ from specforge_core.loading.windows import WindowPlan
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.run.directory import RunDirectory, Split
-from specforge_core.run.feature_manifest import describe_features
+from specforge_core.run.feature_manifest import check_features, describe_features
 from specforge_core.run.frozen_source import RunFrozenSource
 from specforge_core.run.observing import RunRecord
 from specforge_core.run.provenance import describe_run
@@ -188,10 +188,11 @@ class Run:
         return self.strategy.build_draft(self.frozen_source())
 
     def held_out(self) -> HeldOut | None:
-        """The held-out features, or None where the run has none."""
+        """The held-out features, or None where the run has none. :raises DataError: they are of something else."""
         config = self.plan.config
         if not config.data.eval:
             return None
+        check_features(self.directory.split("eval"), self.manifest("eval"))
         wires = self.wires("eval")
         return HeldOut(
             store=wires.store,

@@ -21,10 +21,10 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import yaml
 
@@ -89,10 +89,9 @@ class RunDirectory:
     def lock(self, role: Role) -> Iterator[None]:
         """Hold the run for one role, so that a second process cannot write the same files.
 
-        :raises ConfigError: another process holds it.
+        :raises ConfigError: another process holds it, or the directory cannot be written.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / f".{role}.lock", "a+") as handle:
+        with self._open_lock(role) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -107,13 +106,34 @@ class RunDirectory:
             handle.flush()
             yield
 
+    def _open_lock(self, role: Role) -> IO[str]:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            return open(self.root / f".{role}.lock", "a+")
+        except OSError as error:
+            raise ConfigError(
+                f"nothing can be written here: {error.strerror}",
+                where=str(self.root),
+                hint="correct the permissions, or choose another run.directory",
+            ) from error
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file so that a reader sees all of it or what was there before.
+
+    :raises DataError: it cannot be written; what was there is unchanged.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise DataError(
+            f"cannot be written: {error.strerror}", where=str(path), hint="free space or correct the permissions there"
+        ) from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

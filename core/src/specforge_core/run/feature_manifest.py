@@ -50,10 +50,7 @@ def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
             where=str(directory),
             hint="run `specforge capture` with this run file first, or set data.features to where they are",
         )
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"not valid JSON: {error}", where=str(path), hint="capture these features again") from None
+    recorded = _read(path)
     differences = [
         f"{key}: captured with {recorded.get(key)!r}, this run has {manifest[key]!r}"
         for key in manifest
@@ -65,3 +62,14 @@ def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
             where=str(directory),
             hint="choose another data.features (or run.directory), or make the run file agree",
         )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    again = "remove this feature directory and capture again"
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"not readable as JSON: {error}", where=str(path), hint=again) from error
+    if not isinstance(recorded, dict):
+        raise DataError("not a JSON object", where=str(path), hint=again)
+    return recorded

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specforge_core.contracts import simulated_acceptance_length
+from specforge_core.contracts import DataError, simulated_acceptance_length
 
 if TYPE_CHECKING:
     from specforge_core.training.evaluator import Evaluation
@@ -45,7 +46,10 @@ def window_values(result: WindowResult) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Writes ``metrics`` (a line per step) and ``evaluations`` (a line per evaluation)."""
+    """Writes ``metrics`` (a line per step) and ``evaluations`` (a line per evaluation).
+
+    Each raises DataError where that cannot be done: a run whose record has holes is not shown as whole.
+    """
 
     def __init__(self, metrics: Path, *, evaluations: Path) -> None:
         self._metrics = metrics
@@ -53,8 +57,9 @@ class MetricsLog:
 
     def run_started(self, step: int, total_steps: int) -> None:
         for path in (self._metrics, self._evaluations):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _keep_steps(path, step)
+            with _writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _keep_steps(path, step)
 
     def window_trained(self, result: WindowResult) -> None:
         _append(self._metrics, window_values(result))
@@ -70,8 +75,20 @@ class MetricsLog:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as handle:
+    with _writing(path), open(path, "a", encoding="utf-8") as handle:
         handle.write(json.dumps(values) + "\n")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot be written: {error.strerror}",
+            where=str(path),
+            hint="free space or correct the permissions there, then start the run again",
+        ) from error
 
 
 def _keep_steps(path: Path, step: int) -> None:
