@@ -12,6 +12,7 @@ from specforge_core.cli.session import OVERRIDES_HELP, RUN_HELP, messages, open_
 
 if TYPE_CHECKING:
     from specforge_core.run.assemble import Run
+    from specforge_core.run.directory import Split
     from specforge_core.training.observers import Outcome
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
@@ -36,6 +37,7 @@ def capture(ctx: typer.Context, run: RunArgument, overrides: Overrides = None) -
         from specforge_core.run import roles
 
         roles.capture(opened)
+    _say_dropped(opened)
     messages.print(f"captured into {opened.directory.features}", markup=False, highlight=False)
 
 
@@ -66,7 +68,18 @@ def run_both(ctx: typer.Context, run: RunArgument, overrides: Overrides = None) 
         from specforge_core.run import roles
 
         outcome = roles.capture_and_train(opened)
+    _say_dropped(opened)
     _say_outcome(opened, outcome)
+
+
+def _say_dropped(run: Run) -> None:
+    """How many rows were left out, so that a corpus that mostly trains nothing is noticed."""
+    splits: tuple[Split, ...] = ("train", "eval") if run.plan.config.data.eval else ("train",)
+    for split in splits:
+        prompts = run.prompts(split)
+        if prompts.dropped:
+            text = f"data.{split}: {len(prompts)} prompts; {prompts.dropped} rows left out, which train no token"
+            messages.print(text, markup=False, highlight=False)
 
 
 def _say_outcome(run: Run, outcome: Outcome) -> None:

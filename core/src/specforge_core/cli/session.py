@@ -47,7 +47,7 @@ def open_plan(plan: Plan, registry: PluginRegistry, *, threads_of: str = "traini
     from specforge_core.run.assemble import Run
     from specforge_core.run.directory import RunDirectory
     from specforge_core.run.interrupt import stop_on_signal
-    from specforge_core.run.measure import set_threads
+    from specforge_core.run.machine import set_threads
     from specforge_core.run.observing import PluginObserver
 
     section = plan.config.capture if threads_of == "capture" else plan.config.training

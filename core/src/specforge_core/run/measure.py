@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from specforge_core.checkpoint.resume import load_draft
@@ -18,6 +17,7 @@ from specforge_core.decoding.speculative import DecodeLimits
 from specforge_core.export.writer import ExportPlan, export_draft
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import write_json
+from specforge_core.run.machine import check_device
 from specforge_core.training.evaluator import Evaluation
 
 Which = Literal["latest", "best"]
@@ -51,6 +51,7 @@ def evaluate_draft(run: Run, trained: TrainedDraft) -> Evaluation:
 
     :raises DataError: the run has no held-out features.
     """
+    check_device(run.plan.config.training.device)
     held_out = run.held_out()
     if held_out is None:
         raise DataError(
@@ -128,9 +129,3 @@ def bench_draft(run: Run, trained: TrainedDraft) -> BenchResult:
     )
     write_json(run.directory.bench, result.to_json())
     return result
-
-
-def set_threads(count: int | None) -> None:
-    """How many CPU threads this process computes with; None leaves torch's choice."""
-    if count is not None:
-        torch.set_num_threads(count)

@@ -14,6 +14,7 @@ from specforge_core.contracts import ChannelFailed, ConfigError, Prompt, RefWrit
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import Split
 from specforge_core.run.feature_manifest import check_features, record_features
+from specforge_core.run.machine import check_device
 from specforge_core.run.ordered_prompts import OrderedPrompts
 from specforge_core.training.observers import Outcome
 
@@ -44,11 +45,10 @@ def capture(run: Run) -> None:
 
 def train(run: Run) -> Outcome:
     """The train role, from the latest checkpoint to the end; returns ``finished`` or ``stopped``."""
+    check_device(run.plan.config.training.device)
     with run.directory.lock("train"):
         if run.plan.feature_reuse:
             check_features(run.directory.split("train"), run.manifest("train"))
-        if run.plan.config.data.eval:
-            check_features(run.directory.split("eval"), run.manifest("eval"))
         return run.trainer().fit()
 
 
@@ -60,6 +60,7 @@ def capture_and_train(run: Run) -> Outcome:
             where="topology",
             hint="start `specforge capture` and `specforge train` with this run file, or say topology: colocated",
         )
+    check_device(run.plan.config.training.device)  # before hours of capture
     if run.plan.feature_reuse:
         capture(run)
         return train(run)
