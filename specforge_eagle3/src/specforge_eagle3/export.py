@@ -23,6 +23,11 @@ FORMATS = ("eagle3",)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+_SIZES = (
+    *("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
+_AGAIN = "export the draft again"
 
 
 def draft_config(draft: Eagle3Draft, target: TargetInfo, aux_layer_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -110,10 +115,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
             "no such file", where=str(path), hint="an export holds config.json and model.safetensors"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"not JSON: {error}", where=str(path)) from error
+        raise ExportError(f"not JSON: {error}", where=str(path), hint=_AGAIN) from error
     if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
-        raise ExportError(f"not the config of an EAGLE3 draft ({ARCHITECTURE})", where=str(path))
+        raise ExportError(
+            f"not the config of an EAGLE3 draft ({ARCHITECTURE})", where=str(path), hint="name an EAGLE3 export"
+        )
+    wrong = [key for key in _SIZES if config.get(key) is not None and not _is_size(config[key])]
+    if wrong:
+        raise ExportError(f"{config[wrong[0]]!r} is no size", where=f"{path}: {wrong[0]}", hint=_AGAIN)
     return config
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) -> Eagle3Draft:
@@ -125,7 +139,7 @@ def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) 
     try:
         shape = shape_from_config(config, last_hidden_norm=last_hidden_norm)
     except KeyError as error:
-        raise ExportError(f"the field {error} is missing", where=str(directory / CONFIG_FILE)) from error
+        raise ExportError(f"the field {error} is missing", where=str(directory / CONFIG_FILE), hint=_AGAIN) from error
     if shape.vocab_size != target.vocab_size:
         raise ExportError(
             f"the draft is for a vocabulary of {shape.vocab_size}, the target has {target.vocab_size}",
@@ -140,13 +154,15 @@ def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) 
         with safe_open(path, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys() if name in expected}  # noqa: SIM118
     except SafetensorError as error:
-        raise ExportError(f"unreadable weights: {error}", where=str(path)) from error
+        raise ExportError(f"unreadable weights: {error}", where=str(path), hint=_AGAIN) from error
     for name, value in expected.items():
         if name not in tensors:
-            raise ExportError(f"the weight {name} is missing", where=str(path))
+            raise ExportError(f"the weight {name} is missing", where=str(path), hint=_AGAIN)
         if tensors[name].shape != value.shape:
             raise ExportError(
-                f"the weight {name} is {list(tensors[name].shape)}, expected {list(value.shape)}", where=str(path)
+                f"the weight {name} is {list(tensors[name].shape)}, expected {list(value.shape)}",
+                where=str(path),
+                hint=_AGAIN,
             )
     draft.to(tensors["fc.weight"].dtype).load_state_dict(tensors)
     try:

@@ -47,7 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def format_error(error: SpecForgeError) -> str:
     """What, where and what to do, as plain text: ``error: WHERE: MESSAGE``, then the hint on a line of its own."""
     located = f"{error.where}: {error.message}" if error.where else error.message
-    return f"error: {located}\n  hint: {error.hint}" if error.hint else f"error: {located}"
+    lines = [f"error: {located}", *getattr(error, "__notes__", [])]
+    if error.hint:
+        lines.append(f"hint: {error.hint}")
+    return "\n  ".join(lines)
 
 
 if __name__ == "__main__":

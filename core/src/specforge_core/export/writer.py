@@ -57,7 +57,7 @@ def export_draft(strategy: Strategy, draft: nn.Module, target: FrozenSource, *, 
     if directory.exists() and not directory.is_dir():
         raise ExportError("there is a file of that name", where=str(directory), hint="choose another directory")
     if directory.is_dir() and any(directory.iterdir()) and not plan.overwrite:
-        raise ExportError("this directory is not empty", where=str(directory), hint="remove it, or ask to overwrite")
+        raise ExportError("this directory is not empty", where=str(directory), hint="remove it, or say --overwrite")
     aside = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
     try:
         shutil.rmtree(aside, ignore_errors=True)

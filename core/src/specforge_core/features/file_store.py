@@ -93,7 +93,11 @@ class FileStore(FeatureStore):
         try:
             descriptor = os.open(place.file, os.O_RDONLY)
         except FileNotFoundError:
-            raise FeatureGone(f"{ref.sample_id} was deleted, or never put here", where=where) from None
+            raise FeatureGone(
+                f"{ref.sample_id} was deleted, or never put here",
+                where=where,
+                hint="if training did not free it, remove the feature directory and run `specforge capture` again",
+            ) from None
         except OSError as error:
             raise StoreError(f"{ref.sample_id} cannot be read: {error.strerror}", where=where) from error
         try:

@@ -194,4 +194,4 @@ def read_features(descriptor: int, header: SampleHeader, *, where: str) -> dict[
     return {name: features[name] for name in sorted(features)}
 
 
-_CAPTURE_AGAIN = "delete the file and capture the sample again"
+_CAPTURE_AGAIN = "the file is damaged; remove the feature directory and run `specforge capture` again"
