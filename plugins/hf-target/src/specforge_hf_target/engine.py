@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from specforge_core.contracts import (
     INPUT_IDS,
     LOSS_MASK,
@@ -28,6 +30,7 @@ from specforge_hf_target.cached_decoder import HfTargetDecoder
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.decoder_layers import FeatureCollector, check_request, find_decoder, find_layers
 from specforge_hf_target.frozen_weights import read_frozen_weights
+from specforge_hf_target.model_files import contradicts_itself
 
 
 class HfTargetEngine(TargetEngine):
@@ -110,9 +113,12 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
             dtype=getattr(torch, info.dtype),
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.attn_implementation,
+            ignore_mismatched_sizes=True,  # else its error does not say which
             output_loading_info=True,
         )
-    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
+    except StrictDataclassError as error:
+        raise contradicts_itself(error, where) from error
+    except (ValueError, KeyError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         raise TargetError(
             f"transformers cannot load {info.architecture}: {_first_line(error)}",
             where=where,
@@ -123,6 +129,14 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
             f"its files lack {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them",
             where=where,
             hint="the files are incomplete, or config.json is of another model",
+        )
+    if loaded["mismatched_keys"]:
+        name, stored, expected = min(loaded["mismatched_keys"])
+        raise TargetError(
+            f"{len(loaded['mismatched_keys'])} weights are of another shape, {name} among them: "
+            f"{list(stored)} in the files, {list(expected)} by config.json",
+            where=where,
+            hint="the weights and config.json are of different models",
         )
     return model.to(config.device).eval().requires_grad_(False)
 
@@ -139,7 +153,8 @@ def _check_device(device: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if isinstance(error, KeyError) or not first else first
 
 
 def _pad_right(prompts: Sequence[Prompt]) -> Tensor:

@@ -29,6 +29,12 @@ def locate_file(model: str, name: str, *, revision: str | None = None) -> Path |
     return _download(model, name, revision)
 
 
+def contradicts_itself(error: Exception, where: str) -> TargetError:
+    """The error for a ``config.json`` that transformers reads and then refuses; its reason comes last."""
+    reason = str(error).strip().splitlines()[-1].strip()
+    return TargetError(f"config.json contradicts itself: {reason}", where=where, hint="copy the model again")
+
+
 def _download(model: str, name: str, revision: str | None) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (

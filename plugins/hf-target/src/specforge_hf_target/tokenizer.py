@@ -13,6 +13,7 @@ from specforge_core.contracts import DataError, EncodedText, TargetError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from specforge_hf_target.config import HfTargetConfig
+from specforge_hf_target.model_files import contradicts_itself
 
 _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -114,6 +115,7 @@ def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
 
     :raises TargetError: the target has none, or a slow one.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     where = f"target.path {config.path}"
@@ -122,6 +124,8 @@ def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
+    except StrictDataclassError as error:
+        raise contradicts_itself(error, where) from error
     except (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TargetError(
