@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Targets that are not there, or not what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bad_input import BadInput, Workshop, cut
+
+Damage = Callable[[Path], object]
+
+
+def _capture(damage: Damage):
+    """`capture` of a run on a copy of the model that was damaged."""
+    return _command("capture", damage)
+
+
+def _command(command: str, damage: Damage):
+    def spoil(w: Workshop) -> Sequence[str]:
+        damage(w.target())
+        return [command, w.run_on_target()]
+
+    return spoil
+
+
+def _config(**values: object):
+    """`plan` of a run on a copy of the model whose config.json was changed."""
+
+    def spoil(w: Workshop) -> Sequence[str]:
+        w.target(**values)
+        return ["plan", w.run_on_target()]
+
+    return spoil
+
+
+def _capture_config(**values: object):
+    def spoil(w: Workshop) -> Sequence[str]:
+        w.target(**values)
+        return ["capture", w.run_on_target()]
+
+    return spoil
+
+
+def _path(path: str, *more: str):
+    return lambda w: ["plan", w.run_file(target={"path": path}), *more]
+
+
+def _train_without_weights(w: Workshop) -> Sequence[str]:
+    (w.finished() / "checkpoints").rename(w.root / "former")
+    target = w.target()
+    (target / "model.safetensors").unlink()
+    features = w.root / "run" / "features"
+    for split in ("train", "eval"):
+        path = features / split / "features.json"
+        manifest = json.loads(path.read_text())
+        manifest["target"]["name_or_path"] = "target"
+        path.write_text(json.dumps(manifest))
+    return ["train", w.run_on_target()]
+
+
+def _index(target: Path) -> None:
+    (target / "model.safetensors").unlink()
+    names = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001.safetensors"}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(names))
+
+
+def _tokenizer(target: Path) -> None:
+    for path in target.glob("*token*"):
+        path.unlink()
+
+
+def _template(target: Path) -> None:
+    (target / "chat_template.jinja").unlink()
+
+
+TABLE = [
+    BadInput("target missing", _path("/nowhere/model"), ("run.yaml: target", "target.path /nowhere/model", "correct")),
+    BadInput(
+        "target neither here nor on the hub",
+        _path("nobody/nothing"),
+        ("target.path nobody/nothing", "hub", "correct the path"),
+    ),
+    BadInput(
+        "target is a file",
+        lambda w: ["plan", w.run_file(target={"path": w.write("model.gguf", "x")})],
+        ("target.path model.gguf", "is not a directory", "name the model's directory"),
+    ),
+    BadInput(
+        "target without config.json",
+        _command("plan", lambda target: (target / "config.json").unlink()),
+        ("run.yaml: target", "target.path target", "no config.json", "name the directory"),
+    ),
+    BadInput(
+        "config.json is no JSON",
+        _command("plan", lambda target: cut(target / "config.json")),
+        ("target/config.json", "not readable as JSON", "copy the model again"),
+    ),
+    BadInput(
+        "config.json is a list",
+        _command("plan", lambda target: (target / "config.json").write_text("[]")),
+        ("target/config.json", "not a JSON object"),
+    ),
+    BadInput("config.json lacks a size", _config(hidden_size=None), ("target/config.json", "hidden_size is missing")),
+    BadInput(
+        "config.json has text for a size",
+        _config(num_hidden_layers="six"),
+        ("target/config.json: num_hidden_layers", "'six' is not a positive integer", "correct the file"),
+    ),
+    BadInput("target with an encoder", _config(is_encoder_decoder=True), ("target/config.json", "encoder-decoder")),
+    BadInput("target in fp8", _config(dtype="float8_e4m3fn"), ("config.json", "float8_e4m3fn", "set target.dtype")),
+    BadInput(
+        "architecture unknown",
+        _capture_config(architectures=["NovelForCausalLM"], model_type="novel"),
+        ("target target", "cannot load NovelForCausalLM", "update transformers"),
+    ),
+    BadInput(
+        "target without weights",
+        _capture(lambda target: (target / "model.safetensors").unlink()),
+        ("target target", "model.safetensors", "check its files"),
+    ),
+    BadInput(
+        "weights cut short",
+        _capture(lambda target: cut(target / "model.safetensors")),
+        ("target target", "cannot load Qwen3ForCausalLM", "check its files"),
+    ),
+    BadInput(
+        "weights of another shape",
+        _capture_config(intermediate_size=128),
+        ("target target", "down_proj", "[32, 64]", "different models"),
+    ),
+    BadInput(
+        "weights incomplete",
+        _capture_config(num_hidden_layers=8, layer_types=None),
+        ("target target", "weights", "incomplete"),
+    ),
+    BadInput(
+        "config.json at odds with itself",
+        _capture_config(num_hidden_layers=8),
+        ("target.path target", "contradicts itself", "num_hidden_layers", "copy"),
+    ),
+    BadInput("file of the weight index missing", _capture(_index), ("target target", "model-00001.safetensors")),
+    BadInput(
+        "training without the target's weights", _train_without_weights, ("target", "safetensors", "save_pretrained")
+    ),
+    BadInput(
+        "target without tokenizer",
+        _capture(_tokenizer),
+        ("target.path target", "tokenizer cannot be loaded", "put the model's tokenizer.json"),
+    ),
+    BadInput(
+        "tokenizer without chat template",
+        _capture(_template),
+        (".jsonl:1", "target.path target", "no chat template", "add chat_template.jinja"),
+    ),
+    BadInput(
+        "tokenizer is no JSON",
+        _capture(lambda target: cut(target / "tokenizer.json")),
+        ("target.path target", "tokenizer cannot be loaded", "put the model's tokenizer.json"),
+    ),
+]
