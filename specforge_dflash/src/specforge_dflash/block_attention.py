@@ -39,7 +39,7 @@ def _per_query_head(x: Tensor, groups: int) -> Tensor:
 
 
 def _per_key_head(grad: Tensor, groups: int) -> Tensor:
-    return grad if groups == 1 else grad.reshape(grad.shape[0], -1, groups, grad.shape[-1]).sum(2)
+    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
