@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from specforge_core.contracts import (
@@ -67,9 +68,10 @@ def export_draft(strategy: Strategy, draft: nn.Module, target: FrozenSource, *, 
         _verify(strategy, draft, strategy.load_export(aside, target), target)
         _sync(aside)
         _replace(aside, directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
         raise ExportError(
-            f"the export cannot be written: {error.strerror or error}",
+            f"the export cannot be written: {reason or error}",
             where=str(directory),
             hint="free space or choose another directory; what was there before is unchanged",
         ) from error

@@ -28,7 +28,11 @@ def write_report(run_directory: Path) -> Path:
         page = directory / "index.html"
         _write(page, render_page(records, pictures).encode())
     except OSError as error:
-        raise DataError(f"the report cannot be written: {error.strerror or error}", where=str(directory)) from error
+        raise DataError(
+            f"the report cannot be written: {error.strerror or error}",
+            where=str(directory),
+            hint="free space or correct the permissions there",
+        ) from error
     return page
 
 

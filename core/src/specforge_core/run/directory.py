@@ -21,7 +21,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -91,31 +91,32 @@ class RunDirectory:
 
         :raises ConfigError: another process holds it, or the directory cannot be written.
         """
-        with self._open_lock(role) as handle:
+        with self._take_lock(role):
+            yield
+
+    def _take_lock(self, role: Role) -> IO[bytes]:
+        with ExitStack() as opened:
             try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                handle = opened.enter_context(open(self.root / f".{role}.lock", "a+b", buffering=0))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                handle.truncate(0)
+                handle.write(f"pid {os.getpid()}".encode())
             except BlockingIOError:
                 handle.seek(0)
                 raise ConfigError(
-                    f"another process ({handle.read().strip() or 'unknown'}) is running the {role} role of this run",
+                    f"another process ({handle.read().decode() or 'unknown'}) is running the {role} role of this run",
                     where=str(self.root),
                     hint="wait for it, stop it, or choose another run.directory",
                 ) from None
-            handle.truncate(0)
-            handle.write(f"pid {os.getpid()}")
-            handle.flush()
-            yield
-
-    def _open_lock(self, role: Role) -> IO[str]:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            return open(self.root / f".{role}.lock", "a+")
-        except OSError as error:
-            raise ConfigError(
-                f"nothing can be written here: {error.strerror}",
-                where=str(self.root),
-                hint="correct the permissions, or choose another run.directory",
-            ) from error
+            except OSError as error:
+                raise ConfigError(
+                    f"nothing can be written here: {error.strerror}",
+                    where=str(self.root),
+                    hint="free space, correct the permissions, or choose another run.directory",
+                ) from error
+            opened.pop_all()
+            return handle
 
 
 def write_text(path: Path, text: str) -> None:
