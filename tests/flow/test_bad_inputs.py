@@ -8,10 +8,6 @@ their own. Whatever was on disk before is compared byte by byte afterwards: a re
 from __future__ import annotations
 
 import fnmatch
-import shutil
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import bad_plugins
 import bad_prompts
@@ -19,10 +15,9 @@ import bad_results
 import bad_run_files
 import bad_targets
 import pytest
-from bad_input import RUN, BadInput, Workshop, contents
+from bad_input import BadInput, Workshop, contents
 from command_line import start
 from specforge_core.cli.main import main
-from tiny_model import TinyModel
 
 TABLE = [
     *bad_run_files.TABLE,
@@ -33,31 +28,6 @@ TABLE = [
 ]
 LOCKS = ("*.lock",)
 AS_PROCESSES = ("run file missing", "layer out of range", "line that is no JSON", "features cut short")
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: TinyModel) -> Path:
-    """A finished run: captured, trained, exported."""
-    root = tmp_path_factory.mktemp("trained")
-    run_file = Workshop(root, tiny_model, root / RUN).run_file()
-    for command in (["run", run_file], ["export", RUN]):
-        process = start(*command, cwd=root)
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    return root / RUN
-
-
-@pytest.fixture
-def workshop(
-    tmp_path: Path, trained: Path, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Workshop]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    workshop = Workshop(tmp_path, tiny_model, trained)
-    yield workshop
-    for handle in workshop.held:
-        handle.close()
-    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def check(row: BadInput, workshop: Workshop, before: dict[str, bytes], *, status: object, err: str) -> None:
