@@ -103,6 +103,7 @@ class BenchSection(Section):
         None, ge=1, description="cut prompts to so many tokens; default: everything before the first trained token"
     )
     draft_tokens: int | None = Field(None, ge=1, description="proposed per target pass; default: the drafter's most")
+    threads: int | None = Field(None, ge=1, description="CPU threads while decoding; default: training.threads")
 
 
 class RunConfig(Section):

@@ -17,7 +17,7 @@ from specforge_core.decoding.speculative import DecodeLimits
 from specforge_core.export.writer import ExportPlan, export_draft
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import write_json
-from specforge_core.run.machine import check_device
+from specforge_core.run.machine import check_device, set_threads
 from specforge_core.training.evaluator import Evaluation
 
 Which = Literal["latest", "best"]
@@ -108,6 +108,7 @@ def bench_draft(run: Run, trained: TrainedDraft) -> BenchResult:
         raise PlanError([f"target engine {plan.target_engine.name!r} captures only; bench needs one that decodes"])
     if not plan.config.data.eval:
         raise DataError("there are no held-out prompts to decode", where="data.eval", hint="name them there")
+    set_threads(settings.threads)
     result = run_bench(
         cut_prompts(run.prompts("eval"), settings),
         sides=BenchSides(
