@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from clean_environment import PROJECTS, ROOT, CleanEnvironment
+from tiny_model import TinyModel
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +42,19 @@ def plan(environment: CleanEnvironment, directory: Path) -> subprocess.Completed
     return environment.specforge("plan", "run.yaml", cwd=directory)
 
 
+def train_the_demo(environment: CleanEnvironment, tiny_model: TinyModel, directory: Path) -> None:
+    """Run the demo's own run file, as the wheel ships it, on a target of test size."""
+    values = yaml.safe_load((ROOT / "specforge_eagle3/src/specforge_eagle3/recipes/demo.yaml").read_text())
+    values["run"] = {"directory": "runs/demo"}
+    values["target"] |= {"path": str(tiny_model.path)}
+    values["strategy"] |= {"draft_vocab_size": 128}
+    values["data"] |= {"train": [str(tiny_model.train)], "eval": [str(tiny_model.eval)]}
+    (directory / "demo.yaml").write_text(yaml.safe_dump(values))
+    ended = environment.specforge("run", "demo.yaml", cwd=directory)
+    assert ended.returncode == 0, ended.stderr
+    assert (directory / "runs/demo/checkpoints/latest").is_file()
+
+
 def test_version_is_the_one_file_and_wheels_are_typed(wheels: Mapping[str, Path]) -> None:
     version = (ROOT / "VERSION").read_text().strip()
     assert set(wheels) == set(PROJECTS)
@@ -52,7 +66,7 @@ def test_version_is_the_one_file_and_wheels_are_typed(wheels: Mapping[str, Path]
 
 
 def test_parts_come_and_go_with_their_wheels(
-    wheels: Mapping[str, Path], clean_environment: CleanEnvironment, tmp_path: Path
+    wheels: Mapping[str, Path], clean_environment: CleanEnvironment, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     write_run(tmp_path)
     clean_environment.install(wheels["specforge-core"])
@@ -68,6 +82,7 @@ def test_parts_come_and_go_with_their_wheels(
     checked = clean_environment.specforge("plugins", "check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "pip install" not in plan(clean_environment, tmp_path).stderr
+    train_the_demo(clean_environment, tiny_model, tmp_path)
 
     clean_environment.uninstall("specforge-eagle3", "specforge-hf-target")
     assert listed(clean_environment) == BUILT_IN
