@@ -22,6 +22,7 @@ from specforge_core.contracts import DataError, Progress
 from specforge_core.hooks.descriptors import DemoTarget
 
 from specforge_hf_target.demo_corpus import Corpus, Exchange, read_corpus
+from specforge_hf_target.progress_bars import without_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -105,8 +106,9 @@ def _make_target(directory: Path, corpus: Corpus, budget: DemoBudget, progress: 
         ):
             lines = _answer(model, tokenizer, _spread(exchanges, count), budget, progress)
             (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    with without_progress_bars():
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
     facts = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "held_out_loss": loss,

@@ -31,6 +31,7 @@ from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.decoder_layers import FeatureCollector, check_request, find_decoder, find_layers
 from specforge_hf_target.frozen_weights import read_frozen_weights
 from specforge_hf_target.model_files import contradicts_itself
+from specforge_hf_target.progress_bars import without_progress_bars
 
 
 class HfTargetEngine(TargetEngine):
@@ -107,15 +108,16 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
 
     where = f"target {config.path}"
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            config.path,
-            revision=config.revision,
-            dtype=getattr(torch, info.dtype),
-            trust_remote_code=config.trust_remote_code,
-            attn_implementation=config.attn_implementation,
-            ignore_mismatched_sizes=True,  # else its error does not say which
-            output_loading_info=True,
-        )
+        with without_progress_bars():
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                config.path,
+                revision=config.revision,
+                dtype=getattr(torch, info.dtype),
+                trust_remote_code=config.trust_remote_code,
+                attn_implementation=config.attn_implementation,
+                ignore_mismatched_sizes=True,  # else its error does not say which
+                output_loading_info=True,
+            )
     except StrictDataclassError as error:
         raise contradicts_itself(error, where) from error
     except (ValueError, KeyError, ImportError, OSError, RuntimeError, SafetensorError) as error:
