@@ -123,7 +123,7 @@ class LosesAWeightOnExport(_Broken):
 
 class AcceptsAnyFormat(_Broken):
     def export(self, draft, directory, *, format, target):
-        super().export(draft, directory, format="eagle3", target=target)
+        super().export(draft, directory, format="sglang", target=target)
 
 
 class _Forgetful(Eagle3Drafter):

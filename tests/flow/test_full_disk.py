@@ -82,7 +82,7 @@ STAGES: list[tuple[str, Callable[[Workshop], None], list[str], int, tuple[str, .
     ("lock", _prepare_nothing, ["capture", "run.yaml"], 0, ("run", "nothing can be written here", "free space")),
     ("metrics", _prepare_captured, ["train", "run.yaml"], 2500, ("run/", "cannot be written", "free space")),
     ("checkpoints", _prepare_captured, ["train", "run.yaml"], 30000, ("run/checkpoints", "step 2", "free space")),
-    ("export", _prepare_trained, ["export", RUN], 30000, ("run/export/eagle3", "cannot be written", "free space")),
+    ("export", _prepare_trained, ["export", RUN], 30000, ("run/export/sglang", "cannot be written", "free space")),
     ("bench", _prepare_trained, ["bench", RUN], 200, ("run/bench.json", "cannot be written", "free space")),
     ("report", _prepare_trained, ["report", RUN], 2000, ("run/report", "cannot be written", "free space")),
 ]

@@ -107,7 +107,7 @@ def test_the_same_batch_gives_the_same_bits():
 @pytest.fixture
 def export(tmp_path):
     strategy, target = Eagle3Strategy(Eagle3Config(draft_vocab_size=40)), SyntheticTarget()
-    strategy.export(strategy.build_draft(target), tmp_path, format="eagle3", target=target.info)
+    strategy.export(strategy.build_draft(target), tmp_path, format="sglang", target=target.info)
     return tmp_path
 
 

@@ -74,6 +74,11 @@ class Eagle3Config(StrategyConfig):
     step_decay: float = Field(0.8, gt=0, le=1, description="weight of each unroll step relative to the one before")
     max_draft_tokens: int | None = Field(None, ge=1, description="proposed per target pass; default: ttt_steps")
 
+    @property
+    def num_draft_tokens(self) -> int:
+        """How many tokens are proposed per target pass at most."""
+        return self.max_draft_tokens or self.ttt_steps
+
     def capture_request(self, info: TargetInfo) -> CaptureRequest:
         return CaptureRequest(
             aux_layer_ids=self.aux_layers(info),

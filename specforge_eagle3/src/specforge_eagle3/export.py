@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports in the EAGLE layout that SGLang and vLLM load: ``config.json`` and ``model.safetensors``.
+"""Exports that servers load, ``config.json`` and ``model.safetensors``, in two layouts.
 
-The files hold the draft's ``state_dict`` under its own names; embedding and target head stay with the target.
+``sglang`` is the EAGLE layout: the draft's ``state_dict`` under its own names. ``speculators`` says the same in vLLM's
+own words (:mod:`specforge_eagle3.speculators`). Embedding and target head stay with the target in both.
 """
 
 from __future__ import annotations
@@ -15,11 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from specforge_core.contracts import ExportError, Norm, SpecForgeError, TargetInfo
 from specforge_core.modeling import VocabMap
+from torch import Tensor
 
 from specforge_eagle3.config import DraftShape
 from specforge_eagle3.draft_model import Eagle3Draft
+from specforge_eagle3.speculators import (
+    SPECULATORS,
+    TYPE_FIELD,
+    check_head_norm,
+    from_speculators,
+    rename_tensors,
+    restore_names,
+    to_speculators,
+)
 
-FORMATS = ("eagle3",)
+FORMATS = ("sglang", SPECULATORS)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
@@ -31,7 +42,12 @@ _AGAIN = "export the draft again"
 
 
 def draft_config(draft: Eagle3Draft, target: TargetInfo, aux_layer_ids: tuple[int, ...]) -> dict[str, Any]:
-    """``config.json``: Llama's fields, and what is EAGLE3's own."""
+    """``config.json`` of the EAGLE layout: Llama's fields, and what is EAGLE3's own.
+
+    SGLang reads the captured layers in ``eagle_config`` and adds one itself; vLLM reads those at the top, and takes
+    them as they are. Both norm before the head unless told otherwise; said aloud, vLLM takes ``norm_output`` for a
+    different wiring of the layer, so it is written only where it is off.
+    """
     shape, rope = draft.shape, dict(draft.shape.rope_parameters)
     scaled = rope.get("rope_type", "default") != "default"
     return {
@@ -57,8 +73,9 @@ def draft_config(draft: Eagle3Draft, target: TargetInfo, aux_layer_ids: tuple[in
         "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if scaled else None,
         "tie_word_embeddings": False,
         "fc_norm": shape.fc_norm,
-        "norm_output": shape.norm_output,
+        **({} if shape.norm_output else {"norm_output": False}),
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(aux_layer_ids), "use_aux_hidden_state": True},
+        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in aux_layer_ids],
         "bos_token_id": target.bos_token_id,
         "eos_token_id": list(target.eos_token_ids),
         "torch_dtype": str(draft.dtype).removeprefix("torch."),
@@ -66,14 +83,26 @@ def draft_config(draft: Eagle3Draft, target: TargetInfo, aux_layer_ids: tuple[in
 
 
 def write_export(
-    draft: Eagle3Draft, directory: Path, *, format: str, target: TargetInfo, aux_layer_ids: tuple[int, ...]
+    draft: Eagle3Draft,
+    directory: Path,
+    *,
+    format: str,
+    target: TargetInfo,
+    aux_layer_ids: tuple[int, ...],
+    draft_tokens: int,
 ) -> None:
-    """:raises ExportError: an unknown format."""
+    """:param draft_tokens: proposed per target pass; ``speculators`` tells the server.
+    :raises ExportError: an unknown format, or a draft that it cannot describe.
+    """
     if format not in FORMATS:
         raise ExportError(f"eagle3 does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
     config = draft_config(draft, target, aux_layer_ids)
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
+    if format == SPECULATORS:
+        check_head_norm(draft.shape, tensors)
+        config = to_speculators(config, target, draft_tokens=draft_tokens)
+        tensors = rename_tensors(tensors, full_vocabulary=_is_full(draft.shape))
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
@@ -116,7 +145,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ExportError(f"not JSON: {error}", where=str(path), hint=_AGAIN) from error
-    if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
+    if isinstance(config, dict) and TYPE_FIELD in config:
+        try:
+            config = from_speculators(config, path)
+        except KeyError as error:
+            raise ExportError(f"the field {error} is missing", where=str(path), hint=_AGAIN) from error
+    elif not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
         raise ExportError(
             f"not the config of an EAGLE3 draft ({ARCHITECTURE})", where=str(path), hint="name an EAGLE3 export"
         )
@@ -147,14 +181,9 @@ def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) 
             hint="use the target it was trained with",
         )
     draft = Eagle3Draft(shape, VocabMap.full(shape.vocab_size) if _is_full(shape) else _placeholder(shape))
-    expected = draft.state_dict()
-    if not path.is_file():
-        raise ExportError("no such file", where=str(path), hint="an export holds config.json and model.safetensors")
-    try:
-        with safe_open(path, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys() if name in expected}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ExportError(f"unreadable weights: {error}", where=str(path), hint=_AGAIN) from error
+    expected, tensors = draft.state_dict(), _read_tensors(path)
+    if _is_full(shape):  # nothing to map, so a layout may leave the maps out
+        tensors = {"t2d": draft.t2d, "d2t": draft.d2t, **tensors}
     for name, value in expected.items():
         if name not in tensors:
             raise ExportError(f"the weight {name} is missing", where=str(path), hint=_AGAIN)
@@ -164,12 +193,22 @@ def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) 
                 where=str(path),
                 hint=_AGAIN,
             )
-    draft.to(tensors["fc.weight"].dtype).load_state_dict(tensors)
+    draft.to(tensors["fc.weight"].dtype).load_state_dict({name: tensors[name] for name in expected})
     try:
         draft.vocabulary.check()
     except SpecForgeError as error:
         raise ExportError(error.message, where=str(path)) from error
     return draft
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ExportError("no such file", where=str(path), hint="an export holds config.json and model.safetensors")
+    try:
+        with safe_open(path, "pt") as stored:
+            return restore_names({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    except SafetensorError as error:
+        raise ExportError(f"unreadable weights: {error}", where=str(path), hint=_AGAIN) from error
 
 
 def _is_full(shape: DraftShape) -> bool:

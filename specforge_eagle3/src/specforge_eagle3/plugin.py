@@ -16,7 +16,7 @@ def specforge_strategies() -> list[StrategySpec]:
             config=Eagle3Config,
             factory="specforge_eagle3.strategy:Eagle3Strategy",
             summary="EAGLE-3: one-layer chain draft on low, middle and high features (arXiv 2503.01840)",
-            export_formats=("eagle3",),
+            export_formats=("sglang", "speculators"),
             golden="specforge_eagle3.golden:run_golden",
             demo="specforge_eagle3:recipes/demo.yaml",
         )

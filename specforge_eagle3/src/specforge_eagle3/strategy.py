@@ -134,11 +134,18 @@ class Eagle3Strategy(Strategy):
 
     def drafter(self, draft: nn.Module, target: FrozenSource) -> Drafter:
         assert isinstance(draft, Eagle3Draft)
-        return Eagle3Drafter(draft, max_draft_tokens=self.config.max_draft_tokens or self.config.ttt_steps)
+        return Eagle3Drafter(draft, max_draft_tokens=self.config.num_draft_tokens)
 
     def export(self, draft: nn.Module, directory: Path, *, format: str, target: TargetInfo) -> None:
         assert isinstance(draft, Eagle3Draft)
-        write_export(draft, directory, format=format, target=target, aux_layer_ids=self.config.aux_layers(target))
+        write_export(
+            draft,
+            directory,
+            format=format,
+            target=target,
+            aux_layer_ids=self.config.aux_layers(target),
+            draft_tokens=self.config.num_draft_tokens,
+        )
 
     def load_export(self, directory: Path, target: FrozenSource) -> Eagle3Draft:
         shape: DraftShape = self.config.shape(target.info)
