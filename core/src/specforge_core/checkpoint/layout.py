@@ -55,11 +55,19 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def find_best(directory: Path) -> Path | None:
-    """The checkpoint that scored best, or None where none was scored."""
+    """The checkpoint that scored best, or None where none was scored.
+
+    :raises CheckpointError: what points at it cannot be read.
+    """
     pointer = directory / BEST
     if not pointer.is_file():
         return None
-    path = directory / pointer.read_text(encoding="utf-8").strip()
+    try:
+        path = directory / pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"this pointer is damaged: {error}", where=str(pointer), hint="remove it, or say --checkpoint latest"
+        ) from error
     return path if step_of(path) is not None and path.is_dir() else None
 
 

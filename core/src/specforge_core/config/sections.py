@@ -15,9 +15,9 @@ from specforge_core.contracts import CaptureRequest, TargetInfo
 
 
 class Section(BaseModel):
-    """A part of the run file: unknown keys are refused, values are frozen."""
+    """A part of the run file: unknown keys and numbers that are none are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class PluginSection(Section):

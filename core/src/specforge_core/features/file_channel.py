@@ -37,7 +37,9 @@ class FileChannel(RefChannel):
             self._directory.mkdir(parents=True, exist_ok=True)
             return FileRefWriter(path, timeout_seconds=self._timeout_seconds)
         except OSError as error:
-            raise ChannelError(f"cannot be written: {error.strerror}", where=str(path)) from error
+            raise ChannelError(
+                f"cannot be written: {error.strerror}", where=str(path), hint="check channel.path and its permissions"
+            ) from error
 
     def reader(self) -> FileRefReader:
         return FileRefReader(self._directory, timeout_seconds=self._timeout_seconds)

@@ -18,6 +18,11 @@ from specforge_core.contracts import DataError
 
 Row = Mapping[str, Any]
 
+_BENCH_KEYS = (
+    *("acceptance_length", "acceptance_rate", "position_acceptance", "lossless", "speedup", "tokens_per_second"),
+    *("prompts", "new_tokens", "draft_tokens", "facts"),
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecords:
@@ -45,17 +50,24 @@ def read_run(directory: Path) -> RunRecords:
     try:
         config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"not readable as YAML: {error}", where=str(directory / "config.yaml")) from error
+        raise DataError(
+            f"not readable as YAML: {error}", where=str(directory / "config.yaml"), hint=_CONFIG_AGAIN
+        ) from error
     if not isinstance(config, dict):
-        raise DataError("the resolved run file is not a mapping", where=str(directory / "config.yaml"))
+        raise DataError(
+            "the resolved run file is not a mapping", where=str(directory / "config.yaml"), hint=_CONFIG_AGAIN
+        )
     return RunRecords(
         name=directory.resolve().name,
         steps=read_lines(directory / "metrics.jsonl"),
         evaluations=read_lines(directory / "evaluations.jsonl"),
-        bench=_read_json(directory / "bench.json"),
+        bench=_read_bench(directory / "bench.json"),
         config=config,
         provenance=_read_json(directory / "provenance.json"),
     )
+
+
+_CONFIG_AGAIN = "`specforge train` with the run file writes it again"
 
 
 def read_lines(path: Path) -> tuple[Row, ...]:
@@ -75,6 +87,9 @@ def read_lines(path: Path) -> tuple[Row, ...]:
             raise DataError("this line is damaged", where=f"{path}:{number}", hint="remove the line") from error
         if not isinstance(row, dict) or "step" not in row:
             raise DataError("this line is no record of a step", where=f"{path}:{number}", hint="remove the line")
+        wrong = [key for key, value in row.items() if value is not None and not isinstance(value, (int, float))]
+        if wrong:
+            raise DataError(f"{wrong[0]} is no number", where=f"{path}:{number}", hint="remove the line")
         rows.append(row)
     return tuple(rows)
 
@@ -83,6 +98,14 @@ def series(rows: tuple[Row, ...], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of one metric, where it was counted."""
     found = [(int(row["step"]), float(row[name])) for row in rows if row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def _read_bench(path: Path) -> Row | None:
+    content = _read_json(path)
+    missing = [] if content is None else [key for key in _BENCH_KEYS if key not in content]
+    if missing:
+        raise DataError(f"lacks {', '.join(missing)}", where=str(path), hint="remove it, or write it again")
+    return content
 
 
 def _read_json(path: Path) -> Row | None:

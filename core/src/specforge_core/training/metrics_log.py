@@ -95,17 +95,17 @@ def _keep_steps(path: Path, step: int) -> None:
     """Drop lines after ``step`` and lines that are not whole."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if kept == lines:
         return
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text("".join(kept), encoding="utf-8")
+    aside.write_bytes(b"".join(kept))
     os.replace(aside, path)
 
 
-def _step_of(line: str) -> int | None:
-    if not line.endswith("\n"):
+def _step_of(line: bytes) -> int | None:
+    if not line.endswith(b"\n"):
         return None
     try:
         return int(json.loads(line)["step"])
