@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plugins``, ``plugins check`` and ``plugins show``. Listing reads metadata; only the other two import plugins."""
+"""``plugins``, and ``plugins check``, ``show`` and ``new``. Listing reads metadata; only check and show import plugins."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from specforge_core.hooks.descriptors import PartSpec
+    from specforge_core.hooks.discovery import Kind
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 
@@ -53,6 +55,8 @@ def check_plugins(
     """
     from specforge_core.cli.plugin_check import check_entries
 
+    if not deadline > 0:
+        raise typer.BadParameter(f"{deadline:g} is not above 0", param_hint="--deadline")
     entries = list_entries(ctx.obj)
     chosen = [entry for entry in _select(entries, name) if entry.status != "disabled"]
     results = check_entries(chosen, among=entries, deadline=deadline)
@@ -90,6 +94,31 @@ def show_plugin(
             typer.echo(_format_entry(entry, spec))
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
+
+
+@plugins.command("new")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="What run files will say: small letters, digits and dashes.")],
+    kind: Annotated[
+        str, typer.Option("--kind", help="strategy, target-engine, feature-store or ref-channel.", show_default=False)
+    ],
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="Where to write it. Default: the distribution's name.")
+    ] = None,
+) -> None:
+    """Write a distribution that offers a new part: it installs, works and keeps its contract as it is.
+
+    Example: specforge plugins new mine --kind strategy
+    """
+    from specforge_core.cli.plugin_skeleton import write_skeleton
+
+    made = write_skeleton(name, cast("Kind", kind), directory)
+    for path in made.files:
+        typer.echo(path)
+    for source in made.installed:
+        typer.echo(f"note: {source} offers {kind} {name} already; only one of the two can be installed", err=True)
+    typer.echo(f"\nnext: pip install -e '{made.directory}[test]' && specforge plugins check {kind}:{name}")
+    typer.echo(f"then: see {made.directory / 'README.md'}; pytest {made.directory} runs the whole contract suite")
 
 
 def _select(entries: list[PluginEntry], name: str | None) -> list[PluginEntry]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from specforge_core.contracts import PluginError, Progress
+from specforge_core.contracts import ConfigError, PluginError, Progress
 from specforge_core.hooks.descriptors import DemoTarget, resolve
 from specforge_core.hooks.manager import PluginRegistry
 from specforge_core.run.directory import write_yaml
@@ -46,6 +46,7 @@ def write_demo_run(
     """Make the demo's target (or find it in the cache) and write the demo's run file; returns its path.
 
     :raises PluginError: the strategy ships no demo, or the engine it wants makes no target for one.
+    :raises ConfigError: ``directory`` cannot be written.
     """
     spec = registry.strategy(strategy)
     if not spec.demo:
@@ -55,6 +56,11 @@ def write_demo_run(
     engine = registry.target_engine(run_file["target"]["name"])
     if not engine.demo:
         raise PluginError(f"target engine {engine.name!r} makes no target for a demo")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)  # now: making the target takes minutes
+    except OSError as error:
+        hint = "name another place with --directory"
+        raise ConfigError(f"cannot be written: {error.strerror}", where=str(directory), hint=hint) from error
     target: DemoTarget = resolve(engine.demo)(cache, progress)
     run_file["run"] = {"directory": str(directory), **run_file.get("run", {})}
     run_file["target"] |= target.section

@@ -59,7 +59,7 @@ def prepare_within(cache_directory: Path, *, budget: DemoBudget, progress: Progr
     if not directory.is_dir():
         aside = cache_directory / f".{directory.name}.{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        _make_directory(aside)
         try:
             _make_target(aside, corpus, budget, progress)
             _publish(aside, directory)
@@ -70,6 +70,17 @@ def prepare_within(cache_directory: Path, *, budget: DemoBudget, progress: Progr
         train_prompts=directory / "train.jsonl",
         eval_prompts=directory / "eval.jsonl",
     )
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(
+            f"the demo's target cannot be written: {error.strerror}",
+            where=str(directory.parent),
+            hint="name another place with --cache",
+        ) from error
 
 
 def _fingerprint(corpus: Corpus, budget: DemoBudget) -> str:
