@@ -55,9 +55,9 @@ class HfTargetConfig(TargetEngineConfig):
             num_attention_heads=heads,
             num_key_value_heads=_integer(text, "num_key_value_heads", default=heads, where=where),
             head_dim=_integer(text, "head_dim", default=hidden // heads, where=where),
-            rms_norm_eps=float(text.get("rms_norm_eps") or text.get("layer_norm_epsilon") or 1e-6),
+            rms_norm_eps=_number(text, "rms_norm_eps", "layer_norm_epsilon", default=1e-6, where=where),
             max_position_embeddings=_integer(text, "max_position_embeddings", "n_positions", default=2048, where=where),
-            rope_parameters=_rope_parameters(text),
+            rope_parameters=_rope_parameters(text, where),
             bos_token_id=_first(_token_ids(text.get("bos_token_id", config.get("bos_token_id")), where)),
             eos_token_ids=self._eos_token_ids(config, text),
         )
@@ -142,9 +142,23 @@ def _integer(config: Json, *names: str, where: str, default: int | None = None) 
     return default
 
 
-def _rope_parameters(text: Json) -> dict[str, Any]:
+def _number(config: Json, *names: str, where: str, default: float) -> float:
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TargetError(f"{value!r} is not a number", where=f"{where}: {name}", hint="correct the file")
+        return float(value)
+    return default
+
+
+def _rope_parameters(text: Json, where: str) -> dict[str, Any]:
     """RoPE as transformers 5 writes it, from either version's keys. Per-layer-type tables give their full attention."""
-    rope = dict(text.get("rope_parameters") or {})
+    given = text.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise TargetError("is not an object", where=f"{where}: rope_parameters", hint="correct the file")
+    rope = dict(given)
     if isinstance(rope.get("full_attention"), Mapping):
         rope = dict(rope["full_attention"])
     scaling = text.get("rope_scaling")
