@@ -35,6 +35,7 @@ def capture(run: Run) -> None:
 
     :raises SpecForgeError: what went wrong; the train role, where it runs, is told the reason.
     """
+    _refuse_half(run)
     with run.directory.lock("capture"):
         _capture_once(run, "eval")
         if run.plan.feature_reuse:
@@ -45,6 +46,11 @@ def capture(run: Run) -> None:
 
 def train(run: Run) -> Outcome:
     """The train role, from the latest checkpoint to the end; returns ``finished`` or ``stopped``."""
+    _refuse_half(run)
+    return _train(run)
+
+
+def _train(run: Run) -> Outcome:
     check_device(run.plan.config.training.device)
     with run.directory.lock("train"):
         if run.plan.feature_reuse:
@@ -69,6 +75,19 @@ def capture_and_train(run: Run) -> Outcome:
         return _side_by_side(run)
 
 
+def _refuse_half(run: Run) -> None:
+    """One half alone, on wires that end with this process, would wait for nobody or capture for nobody."""
+    wires = (run.plan.feature_store, run.plan.ref_channel)
+    private = [spec.name for spec in wires if not spec.capabilities.cross_process]
+    if private:
+        raise ConfigError(
+            f"one half of a {run.plan.config.topology} run cannot run alone: "
+            f"{' and '.join(dict.fromkeys(private))} keeps everything in this process",
+            where="topology",
+            hint="use `specforge run`, or topology: offline",
+        )
+
+
 def _side_by_side(run: Run) -> Outcome:
     """Capture in a thread, train in this one. The first failure of either stops the other and is the one raised."""
     failures: list[BaseException] = []
@@ -85,7 +104,7 @@ def _side_by_side(run: Run) -> Outcome:
     thread = threading.Thread(target=capture_half, name="capture", daemon=True)
     thread.start()
     try:
-        outcome = train(run)
+        outcome = _train(run)
     except ChannelFailed:
         if failures:
             raise failures[0] from None
