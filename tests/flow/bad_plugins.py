@@ -151,5 +151,15 @@ TABLE = [
         _demo_of_nothing,
         ("no strategy is installed", "pip install"),
     ),
+    BadInput(
+        "demo with a file for its cache",
+        lambda w: ["demo", "eagle3", "--directory", "out", "--cache", w.write("file", "x")],
+        ("file", "cannot be written", "--cache"),
+    ),
+    BadInput(
+        "demo with a file for its directory",
+        lambda w: ["demo", "eagle3", "--directory", w.write("file", "x"), "--cache", "cache"],
+        ("file: cannot be written", "--directory"),
+    ),
     BadInput("demo that is not shipped", _no_demo, ("'quiet' ships no demo",)),
 ]

@@ -101,6 +101,11 @@ TABLE = [
         _rows({"id": "a", **GOOD}, {"id": "b", **GOOD}, {"id": "a", **GOOD}),
         ("prompts.jsonl:3", "id 'a' is also that of prompts.jsonl:1", "must be unique"),
     ),
+    BadInput(
+        "prompts' place holds something else",
+        lambda w: ["capture", w.write("run/features/train/prompts/notes.txt", "mine") and w.prompts(GOOD)],
+        ("run/features/train/prompts", "holds other files", "their own directory"),
+    ),
     BadInput("directory that is no dataset", _no_dataset, ("folder", "not a dataset on disk", "JSONL")),
     BadInput("directory that is empty", _empty_directory, ("folder", "empty directory", "correct data's paths")),
 ]

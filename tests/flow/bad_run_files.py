@@ -106,7 +106,39 @@ TABLE = [
         lambda w: ["plan", w.run_file(strategy={"ttt_steps": 0})],
         ("run.yaml: strategy.ttt_steps (line ", "greater than or equal to 1", "got 0"),
     ),
+    BadInput(
+        "key that is no text",
+        lambda w: ["plan", w.edited_run_file("topology: offline", "1: offline")],
+        ("run.yaml", "1", "key"),
+    ),
+    BadInput(
+        "section left empty",
+        lambda w: ["plan", w.edited_run_file("topology: offline", "evaluation:")],
+        ("run.yaml: evaluation (line ", "must be a section", "got None"),
+    ),
+    BadInput(
+        "YAML that constructs objects",
+        lambda w: ["plan", w.edited_run_file("topology: offline", "topology: !!python/name:os.system")],
+        ("run.yaml (line ", "not valid YAML", "python/name"),
+    ),
+    BadInput(
+        "alias that contains itself",
+        lambda w: ["plan", w.write("a.yaml", "run: &a\n  b: *a\n")],
+        ("a.yaml", "contains itself"),
+    ),
+    BadInput(
+        "resolved run file edited",
+        lambda w: ["plan", w.write("old/config.yaml", "dota: {}\n") and "old"],
+        ("old/config.yaml", "dota (line 1)", "unknown section 'dota'", "did you mean 'data'?"),
+    ),
     # overrides
+    BadInput("override without a key", _over("=2"), ("override '=2'", "section.key=value", "e.g.")),
+    BadInput(
+        "override that is infinite", _over("training.learning_rate=.inf"), ("learning_rate=.inf'", "finite number")
+    ),
+    BadInput(
+        "override that is no number", _over("training.learning_rate=.nan"), ("learning_rate=.nan'", "finite number")
+    ),
     BadInput("override without =", _over("training.epochs"), ("'training.epochs'", "section.key=value", "e.g.")),
     BadInput("override of an unknown key", _over("training.epoch=2"), ("override 'training.epoch=2'", "'epochs'?")),
     BadInput(
@@ -183,7 +215,50 @@ TABLE = [
         lambda w: ["capture", w.run_file(run={"directory": w.write("file", "x") + "/run"})],
         ("file/run", "run.directory", "choose another"),
     ),
+    BadInput(
+        "store.path is a file",
+        lambda w: ["capture", w.run_file(store={"name": "file", "path": w.write("file", "x")})],
+        ("file/", "cannot be written", "check store.path"),
+    ),
+    BadInput(
+        "channel.path is a file",
+        lambda w: ["capture", w.run_file(channel={"name": "file", "path": w.write("file", "x")}), "data.eval=[]"],
+        ("file/capture-0.refs", "cannot be written", "check channel.path"),
+    ),
+    BadInput(
+        "data.features is a file",
+        lambda w: ["plan", w.run_file(data={"features": w.write("file", "x")})],
+        ("run.yaml: data.features (line ", "file is a file", "name a directory"),
+    ),
+    BadInput(
+        "half of a colocated run: train",
+        lambda w: ["train", w.run_file(topology="colocated")],
+        ("topology", "one half of a colocated run", "use `specforge run`"),
+    ),
+    BadInput(
+        "half of a colocated run: capture",
+        lambda w: ["capture", w.run_file(topology="colocated")],
+        ("topology", "one half of a colocated run", "use `specforge run`"),
+    ),
+    BadInput(
+        "both halves of a disaggregated run",
+        lambda w: ["run", w.run_file(topology="disaggregated")],
+        ("topology", "disaggregated", "specforge capture"),
+    ),
     # the command line itself
+    BadInput(
+        "argument too many",
+        lambda w: ["schema", "run.yaml"],
+        ("unexpected extra argument", "run.yaml", "specforge schema -h"),
+    ),
+    BadInput(
+        "option out of range",
+        lambda w: ["plugins", "check", "--deadline", "0"],
+        ("--deadline", "0 is not above 0", "check -h"),
+    ),
+    BadInput(
+        "starter file is a directory", lambda w: ["init", ".", "--force"], ("cannot be written", "Is a directory")
+    ),
     BadInput("unknown command", lambda w: ["trian", "run.yaml"], ("no such command 'trian'", "did you mean 'train'?")),
     BadInput("unknown option", lambda w: ["train", w.run_file(), "--fast"], ("--fast", "No such option")),
     BadInput("no run named", lambda w: ["bench"], ("Missing argument", "RUN", "specforge bench -h")),

@@ -43,6 +43,10 @@ def _capture_config(**values: object):
     return spoil
 
 
+def _generation(text: str):
+    return _command("plan", lambda target: (target / "generation_config.json").write_text(text))
+
+
 def _path(path: str, *more: str):
     return lambda w: ["plan", w.run_file(target={"path": path}), *more]
 
@@ -108,6 +112,20 @@ TABLE = [
         _config(num_hidden_layers="six"),
         ("target/config.json: num_hidden_layers", "'six' is not a positive integer", "correct the file"),
     ),
+    BadInput(
+        "config.json has text for a number",
+        _config(rms_norm_eps="small"),
+        ("config.json: rms_norm_eps", "'small'", "correct"),
+    ),
+    BadInput(
+        "config.json has a list for RoPE", _config(rope_parameters=[1]), ("config.json: rope_parameters", "correct")
+    ),
+    BadInput(
+        "end token that is text",
+        _generation('{"eos_token_id": "end"}'),
+        ("generation_config.json", "token ids are 'end'"),
+    ),
+    BadInput("generation_config.json is no JSON", _generation("{"), ("generation_config.json", "not readable as JSON")),
     BadInput("target with an encoder", _config(is_encoder_decoder=True), ("target/config.json", "encoder-decoder")),
     BadInput("target in fp8", _config(dtype="float8_e4m3fn"), ("config.json", "float8_e4m3fn", "set target.dtype")),
     BadInput(
