@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports in the DFlash layout that SGLang and vLLM load: ``config.json`` and ``model.safetensors``.
+"""Exports that servers load, ``config.json`` and ``model.safetensors``, in two layouts.
 
-The files hold the draft's ``state_dict`` under its own names; embedding and head stay with the target. Captured layers
-are written as they are counted here (zero-based layers whose output is taken): both servers add one themselves.
+The files hold the draft's ``state_dict`` under its own names; embedding and head stay with the target. In the DFlash
+layout (``sglang``) captured layers are written as they are counted here (zero-based layers whose output is taken):
+SGLang and vLLM both add one themselves. ``speculators`` is vLLM's own (:mod:`specforge_dflash.speculators`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 
 from specforge_dflash.config import DraftShape, LayerType
 from specforge_dflash.draft_model import DflashDraft
+from specforge_dflash.speculators import SPECULATORS, TYPE_FIELD, from_speculators, to_speculators
 
-FORMATS = ("sglang",)
+FORMATS = ("sglang", SPECULATORS)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE = "DFlashDraftModel"
@@ -79,18 +81,14 @@ def write_files(draft: nn.Module, directory: Path, config: Mapping[str, Any]) ->
     save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def require_format(format: str, *, strategy: str) -> None:
-    """:raises ExportError: a format that is not written."""
-    if format not in FORMATS:
-        raise ExportError(f"{strategy} does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
-
-
 def write_export(
     draft: DflashDraft, directory: Path, *, format: str, target: TargetInfo, aux_layer_ids: tuple[int, ...]
 ) -> None:
-    """:raises ExportError: an unknown format."""
-    require_format(format, strategy="dflash")
-    write_files(draft, directory, draft_config(draft, target, aux_layer_ids))
+    """:raises ExportError: an unknown format, or a draft that it cannot describe."""
+    if format not in FORMATS:
+        raise ExportError(f"dflash does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
+    config = draft_config(draft, target, aux_layer_ids)
+    write_files(draft, directory, to_speculators(config, target) if format == SPECULATORS else config)
 
 
 def shape_from_config(config: Mapping[str, Any]) -> DraftShape:
@@ -137,6 +135,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ExportError(f"not JSON: {error}", where=str(path)) from error
+    if isinstance(config, dict) and TYPE_FIELD in config:
+        try:
+            return from_speculators(config, path)
+        except KeyError as error:
+            raise ExportError(f"the field {error} is missing", where=str(path)) from error
     if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
         raise ExportError(f"not the config of a DFlash draft ({ARCHITECTURE})", where=str(path))
     return config

@@ -16,7 +16,7 @@ def specforge_strategies() -> list[StrategySpec]:
             config=DflashConfig,
             factory="specforge_dflash.strategy:DflashStrategy",
             summary="DFlash: block-parallel draft over target features, cross-entropy or D-PACE (arXiv 2602.06036)",
-            export_formats=("sglang",),
+            export_formats=("sglang", "speculators"),
             golden="specforge_dflash.golden:run_golden",
             demo="specforge_dflash:recipes/demo.yaml",
         )

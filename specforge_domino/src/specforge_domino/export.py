@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports in the DFlash layout with ``projector_type: domino``: servers load them as DFlash drafts."""
+"""Exports in the DFlash layout with ``projector_type: domino``: servers load them as DFlash drafts.
+
+There is no ``speculators`` layout: that format, and vLLM, know no correction head, and would draft without it.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
-from specforge_dflash.export import draft_config, fill_weights, read_config, read_shape, require_format, write_files
+from specforge_dflash.export import draft_config, fill_weights, read_config, read_shape, write_files
+from specforge_dflash.speculators import SPECULATORS
 
 from specforge_domino.config import HeadShape
 from specforge_domino.draft_model import DominoDraft
 
+FORMATS = ("sglang",)
 PROJECTOR = "domino"
 
 
 def write_export(
     draft: DominoDraft, directory: Path, *, format: str, target: TargetInfo, aux_layer_ids: tuple[int, ...]
 ) -> None:
-    """:raises ExportError: an unknown format."""
-    require_format(format, strategy="domino")
+    """:raises ExportError: an unknown format, or one that cannot describe the correction head."""
+    if format == SPECULATORS:
+        raise ExportError(
+            "the speculators format has no words for Domino's correction head; a server would draft without it",
+            hint="export it as sglang",
+        )
+    if format not in FORMATS:
+        raise ExportError(f"domino does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
     head = draft.head_shape
     extra = {
         "projector_type": PROJECTOR,
