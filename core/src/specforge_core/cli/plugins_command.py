@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``plugins``, and ``plugins check``, ``show`` and ``new``. Listing reads metadata; only check and show import plugins."""
+"""``plugins``, and its ``check``, ``show`` and ``new``. Listing reads metadata; only check and show import plugins."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from specforge_core.hooks.discovery import PluginEntry, list_entries
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from specforge_core.cli.plugin_check import CheckedPlugin
     from specforge_core.hooks.descriptors import PartSpec
     from specforge_core.hooks.discovery import Kind
 
@@ -45,31 +46,43 @@ def list_plugins(ctx: typer.Context, as_json: AsJson = False) -> None:
 def check_plugins(
     ctx: typer.Context,
     *,
-    name: Annotated[str | None, typer.Argument(help="Name, distribution or KIND:NAME. Default: all.")] = None,
-    deadline: Annotated[float, typer.Option("--deadline", help="Seconds for each plugin.")] = 60.0,
+    name: Annotated[str | None, typer.Argument(help="Name, distribution or KIND:NAME. Default: import all.")] = None,
+    deadline: Annotated[float, typer.Option("--deadline", help="Seconds for each plugin.")] = 120.0,
     as_json: AsJson = False,
 ) -> None:
-    """Import each plugin in a process of its own and report what was found.
+    """Look at plugins, each in a process of its own: import them all, or import one and try whether it works.
 
+    With NAME, the quick part of its kind's contract suite is run too (it needs specforge-core[testing]).
     Exit status 1 if any is broken, incompatible or in conflict. Disabled plugins are passed over.
     """
     from specforge_core.cli.plugin_check import check_entries
 
-    if not deadline > 0:
-        raise typer.BadParameter(f"{deadline:g} is not above 0", param_hint="--deadline")
     entries = list_entries(ctx.obj)
     chosen = [entry for entry in _select(entries, name) if entry.status != "disabled"]
-    results = check_entries(chosen, among=entries, deadline=deadline)
+    results = check_entries(chosen, among=entries, deadline=deadline, contract=name is not None)
     if as_json:
         typer.echo(json.dumps([result.as_json() for result in results], indent=2))
     else:
-        rows = [(r.kind, r.name, r.distribution, r.version, r.status) for r in results]
+        rows = [(r.kind, r.name, r.distribution, r.version, r.status) for r in (c.entry for c in results)]
         typer.echo(format_table(("KIND", "NAME", "DISTRIBUTION", "VERSION", "STATUS"), rows))
         for result in results:
-            if result.detail:
-                typer.echo(f"{result.kind} {result.name} of {result.source}: {result.detail}")
-    if any(result.status != "ok" for result in results):
+            typer.echo(_format_findings(result), nl=False)
+    if any(result.entry.status != "ok" for result in results):
         raise typer.Exit(1)
+
+
+def _format_findings(checked: CheckedPlugin) -> str:
+    """What was found besides the status, and how each test of the contract ended."""
+    entry = checked.entry
+    said = [text for text in (entry.detail, checked.remark) if text]
+    lines = [f"{entry.kind} {entry.name} of {entry.source}: {text}" for text in said]
+    if checked.contract:
+        lines += ["", f"the contract of a {entry.kind}, on {entry.name}:"]
+    for test, ended in checked.contract.items():
+        status, _, reason = ended.partition(": ")
+        lines.append(f"  {status:<15} {test.removeprefix('test_').replace('_', ' ')}")
+        lines += [f"  {'':<15}   {reason}"] if reason else []
+    return "".join(f"{line}\n" for line in lines)
 
 
 @plugins.command("show")

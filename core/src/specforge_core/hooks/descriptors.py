@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class StrategySpec:
     :param summary: one line for listings.
     :param export_formats: formats its ``export`` writes; the first is the default.
     :param golden: ``"module:function"`` that runs one golden vector (see ``specforge_core.testing.golden``).
+    :param example: settings with which ``specforge plugins check`` runs the contract suite, whose target has 12 layers
+        of hidden size 32.
     :param demo: ``"package:path"`` of the run file, shipped as package data, that ``specforge demo`` runs.
     """
 
@@ -36,6 +38,7 @@ class StrategySpec:
     export_formats: tuple[str, ...] = ()
     golden: str = ""
     demo: str = ""
+    example: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,8 @@ class TargetEngineSpec:
     :param factory: ``"module:Class"``; called with the section, gives a TargetEngine.
     :param tokenizer: ``"module:function"``; called with the section, gives a ChatTokenizer.
     :param demo: ``"module:function"``; called with a cache directory and a Progress, gives a :class:`DemoTarget`.
+    :param example: settings of a small target with which ``specforge plugins check`` runs the contract suite; None
+        where there is none to be had without files or a server.
     """
 
     name: str
@@ -54,28 +59,41 @@ class TargetEngineSpec:
     capabilities: EngineCapabilities
     summary: str = ""
     demo: str = ""
+    example: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureStoreSpec:
-    """A feature store. ``factory`` is called with the section and a PartContext."""
+    """A feature store.
+
+    :param factory: ``"module:Class"``; called with the section and a PartContext.
+    :param example: settings with which ``specforge plugins check`` runs the contract suite; None where it cannot (it
+        would need a server, say).
+    """
 
     name: str
     config: type[FeatureStoreConfig]
     factory: str
     capabilities: StoreCapabilities
     summary: str = ""
+    example: Mapping[str, object] | None = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefChannelSpec:
-    """A ref channel. ``factory`` is called with the section and a PartContext."""
+    """A ref channel.
+
+    :param factory: ``"module:Class"``; called with the section and a PartContext.
+    :param example: settings with which ``specforge plugins check`` runs the contract suite; None where it cannot (it
+        would need a server, say).
+    """
 
     name: str
     config: type[RefChannelConfig]
     factory: str
     capabilities: ChannelCapabilities
     summary: str = ""
+    example: Mapping[str, object] | None = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,17 +13,20 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 
 class ContractSuite:
     """Base of the contract suites. A kit test may be overridden only by one marked ``xfail(reason=…)``."""
+
+    thorough: ClassVar[frozenset[str]] = frozenset()
+    """Kit tests that are not of the quick part, which ``specforge plugins check`` runs."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -72,16 +75,17 @@ class SuiteReport:
         return not self.failed and not self.errors
 
 
-def run_suite(suite: type[ContractSuite], *, only: str = "") -> SuiteReport:
+def run_suite(suite: type[ContractSuite], *, only: str = "", quick: bool = False) -> SuiteReport:
     """Run a suite class in this process, apart from any pytest session that is going on.
 
     :param only: run just the kit test of this name.
+    :param quick: leave out the suite's ``thorough`` tests.
     :raises ValueError: the suite has no such test, or no test at all.
     """
     names = {name for name, _ in _kit_tests(suite)} | {name for name in vars(suite) if name.startswith("test_")}
     if not names or (only and only not in names):
         raise ValueError(f"{suite.__name__} has no test {only or 'at all'}")
-    recorder = _Recorder(suite, only)
+    recorder = _Recorder(suite, {only} if only else names - suite.thorough if quick else names)
     with tempfile.TemporaryDirectory(prefix="suite-") as directory:
         silent = [f"-pno:{plugin}" for plugin in ("terminal", "cacheprovider", "faulthandler", "logging", "timeout")]
         place = ["-c", os.devnull, "--rootdir", directory, "--basetemp", str(Path(directory) / "tmp"), "--noconftest"]
@@ -105,9 +109,9 @@ def assert_rejected(suite: type[ContractSuite], *, by: str) -> None:
 class _Recorder:
     """A pytest plugin that offers one class for collection and keeps how its tests ended."""
 
-    def __init__(self, suite: type[ContractSuite], only: str) -> None:
+    def __init__(self, suite: type[ContractSuite], chosen: Collection[str]) -> None:
         self._suite = suite
-        self._only = only
+        self._chosen = chosen
         self._ended: dict[str, set[str]] = {}
         self._said: dict[str, str] = {}
 
@@ -118,8 +122,7 @@ class _Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        if self._only:
-            items[:] = [item for item in items if _test_name(item.nodeid) == self._only]
+        items[:] = [item for item in items if _test_name(item.nodeid) in self._chosen]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

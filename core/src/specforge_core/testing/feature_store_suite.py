@@ -44,6 +44,8 @@ _UNUSUAL_IDS = ["", "..", "../outside", "/outside", "a/b", ".hidden", "nul\0byte
 class FeatureStoreSuite(ContractSuite):
     """The contract of :class:`specforge_core.contracts.FeatureStore`."""
 
+    thorough = frozenset({"test_threads_put_get_and_delete_at_once", "test_readers_never_see_a_mixture"})
+
     @abstractmethod
     def make_store(self, directory: Path, capacity_bytes: int | None = None) -> FeatureStore:
         """A new store in an empty directory; one that cannot be limited ignores ``capacity_bytes``."""

@@ -45,6 +45,7 @@ class RefChannelSuite(ContractSuite):
     """The contract of :class:`specforge_core.contracts.RefChannel`."""
 
     replayable = False
+    thorough = frozenset({"test_threads_publish_while_one_polls", "test_poll_waits_no_longer_than_told"})
 
     @abstractmethod
     def make_channel(self, directory: Path) -> RefChannel:
