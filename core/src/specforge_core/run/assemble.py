@@ -21,14 +21,12 @@ from specforge_core.checkpoint.resume import CheckpointReader
 from specforge_core.checkpoint.writer import CheckpointWriter
 from specforge_core.config.plan import Plan
 from specforge_core.contracts import (
-    DataError,
     FeatureStore,
     FrozenSource,
     PartContext,
     Progress,
     RefChannel,
     RefWriter,
-    SampleRef,
     StopSignal,
     Strategy,
     TargetEngine,
@@ -48,11 +46,13 @@ from specforge_core.run.feature_manifest import check_features, describe_feature
 from specforge_core.run.frozen_source import RunFrozenSource
 from specforge_core.run.observing import RunRecord
 from specforge_core.run.provenance import describe_run
+from specforge_core.run.ranks import join_ranks
+from specforge_core.run.sealed_refs import read_all
 from specforge_core.training.evaluator import Evaluator
 from specforge_core.training.metrics_log import MetricsLog
 from specforge_core.training.observers import Observer, Observers
 from specforge_core.training.optimizer import DraftOptimizer
-from specforge_core.training.parallelism import Parallelism, SingleProcess
+from specforge_core.training.parallelism import Parallelism
 from specforge_core.training.schedule import Schedule
 from specforge_core.training.trainer import Trainer, TrainerParts
 from specforge_core.training.window_step import WindowStep
@@ -80,16 +80,19 @@ class Run:
         stop: StopSignal,
         progress: Callable[[str], Progress],
         observers: Sequence[Observer] = (),
-        parallelism: Parallelism | None = None,
     ) -> None:
         self.plan = plan
         self.stop = stop
         self.progress = progress
         self.directory = RunDirectory.of(plan.config)
         self._observers = observers
-        self._parallelism = parallelism or SingleProcess()
         self._prompts: dict[Split, PromptSet] = {}
         self._wires: dict[Split, Wires] = {}
+
+    @cached_property
+    def parallelism(self) -> Parallelism:
+        config = self.plan.config
+        return join_ranks(device=config.training.device, timeout_seconds=config.loading.deadline_seconds)
 
     @cached_property
     def engine(self) -> TargetEngine:
@@ -116,8 +119,8 @@ class Run:
             epochs=training.epochs,
             max_steps=training.max_steps,
             sort_by_length=loading.sort_by_length,
-            rank=self._parallelism.rank,
-            world_size=self._parallelism.world_size,
+            rank=self.parallelism.rank,
+            world_size=self.parallelism.world_size,
         )
 
     @cached_property
@@ -200,8 +203,8 @@ class Run:
             strategy=self.strategy,
             micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
             seed=config.run.seed,
-            rank=self._parallelism.rank,
-            world_size=self._parallelism.world_size,
+            rank=self.parallelism.rank,
+            world_size=self.parallelism.world_size,
         )
 
     def evaluator(self) -> Evaluator:
@@ -209,7 +212,7 @@ class Run:
             strategy=self.strategy,
             device=self.plan.config.training.device,
             total_steps=self.window_plan.total_windows,
-            parallelism=self._parallelism,
+            parallelism=self.parallelism,
         )
 
     def loader(self) -> Loader:
@@ -230,7 +233,7 @@ class Run:
     def window_step(self) -> WindowStep:
         training, defaults = self.plan.config.training, self.plan.strategy_section.optimizer_defaults
         draft = self.new_draft().to(device=training.device, dtype=getattr(torch, training.dtype))
-        self._parallelism.prepare(draft)
+        self.parallelism.prepare(draft)
         return WindowStep(
             strategy=self.strategy,
             draft=draft,
@@ -240,7 +243,7 @@ class Run:
                 warmup_ratio=defaults.warmup_ratio if training.warmup_ratio is None else training.warmup_ratio,
                 total_steps=self.window_plan.total_windows,
             ),
-            parallelism=self._parallelism,
+            parallelism=self.parallelism,
             max_grad_norm=training.max_grad_norm or defaults.max_grad_norm,
             device=training.device,
         )
@@ -256,18 +259,19 @@ class Run:
                 self.directory.checkpoints, keep=config.checkpoint.keep, provenance=self.provenance
             ),
             reader=self.checkpoint_reader,
-            observers=Observers(
-                [
-                    RunRecord(self.directory, config=self.plan.resolved(), provenance=self.provenance),
-                    MetricsLog(self.directory.metrics, evaluations=self.directory.evaluations),
-                    *self._observers,
-                ]
-            ),
+            observers=Observers(self._all_observers() if self.parallelism.rank == 0 else []),
             progress=self.progress("train"),
             checkpoint_every_steps=config.checkpoint.every_steps,
             evaluate_every_steps=config.evaluation.every_steps,
         )
         return Trainer(parts)
+
+    def _all_observers(self) -> list[Observer]:
+        return [
+            RunRecord(self.directory, config=self.plan.resolved(), provenance=self.provenance),
+            MetricsLog(self.directory.metrics, evaluations=self.directory.evaluations),
+            *self._observers,
+        ]
 
     def close(self) -> None:
         """Give back what was opened. Idempotent."""
@@ -275,24 +279,5 @@ class Run:
             wires.store.close()
         if "engine" in self.__dict__:
             self.engine.close()
-        self._parallelism.close()
-
-
-def read_all(channel: RefChannel, *, expected: int) -> list[SampleRef]:
-    """Every ref of a closed channel.
-
-    :raises DataError: it holds fewer than ``expected``: capture did not finish.
-    """
-    reader = channel.reader()
-    refs: dict[str, SampleRef] = {}
-    try:
-        while batch := reader.poll(4096, 0.0):
-            refs.update((ref.sample_id, ref) for ref in batch)
-    finally:
-        reader.close()
-    if len(refs) < expected:
-        raise DataError(
-            f"{len(refs)} of {expected} held-out samples were captured",
-            hint="run `specforge capture` with this run file again; it goes on where it stopped",
-        )
-    return list(refs.values())
+        if "parallelism" in self.__dict__:
+            self.parallelism.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from specforge_core.contracts import ChannelFailed, ConfigError, Prompt, RefWriter, RunStopped
@@ -52,7 +53,13 @@ def train(run: Run) -> Outcome:
 
 def _train(run: Run) -> Outcome:
     check_device(run.plan.config.training.device)
-    with run.directory.lock("train"):
+    if run.parallelism.world_size > 1 and not run.plan.ref_channel.capabilities.replayable:
+        raise ConfigError(
+            f"channel {run.plan.ref_channel.name!r} has one reader, so one rank can train from it",
+            where="channel",
+            hint="train with several ranks from offline features (topology: offline)",
+        )
+    with run.directory.lock("train") if run.parallelism.rank == 0 else nullcontext():
         if run.plan.feature_reuse:
             check_features(run.directory.split("train"), run.manifest("train"))
         return run.trainer().fit()
