@@ -1,7 +1,7 @@
 # make demo : set up, then train a draft from nothing and measure it     make test : set up, then run every test
 PYTHON ?= python3
 VENV   ?= .venv
-DISTRIBUTIONS := core specforge_eagle3 plugins/hf-target
+DISTRIBUTIONS := core specforge_eagle3 specforge_dflash specforge_domino plugins/hf-target
 STAMP  := $(VENV)/.set-up
 BIN    := $(VENV)/bin
 
@@ -27,7 +27,7 @@ $(STAMP): Makefile VERSION constraints.txt requirements-dev.txt $(DISTRIBUTIONS:
 	@touch $@
 
 demo: setup
-	$(BIN)/specforge demo
+	$(BIN)/specforge demo eagle3
 
 test: setup
 	$(BIN)/python -m pytest

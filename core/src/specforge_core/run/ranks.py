@@ -24,7 +24,7 @@ def join_ranks(*, device: str, timeout_seconds: float) -> Parallelism:
         raise ConfigError(
             f"WORLD_SIZE is {world_size} but {', '.join(missing)} is not set",
             where="environment",
-            hint="start several ranks with torchrun --standalone --nproc-per-node N -m specforge_core.cli.main train RUN",
+            hint="start ranks with torchrun --standalone --nproc-per-node N -m specforge_core.cli.main train RUN",
         )
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
