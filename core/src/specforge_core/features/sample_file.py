@@ -3,7 +3,8 @@
 
 The format is public and small (a length, a JSON header, raw bytes), so it is written and read here directly: the bytes
 go from the tensors to the file and back in one gathered system call each, and every length is checked before a tensor
-is allocated. What is not a tensor (generation, prompt id, epoch, norm) is in the header's metadata.
+is allocated. What is not a tensor (generation, prompt id, epoch, norm) is in the header's metadata, with a checksum of
+the bytes: a disk that altered one must not train a draft on it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -59,6 +61,7 @@ class SampleHeader:
     epoch: int
     norm: Norm | None
     specs: tuple[FeatureSpec, ...]
+    checksum: int
     data_start: int
 
 
@@ -69,17 +72,25 @@ def encode_sample(sample_id: str, sample: Sample, generation: int) -> list[memor
     """
     # Widest elements first keeps every tensor aligned to its element size.
     specs = sorted(sample.specs(), key=lambda spec: (-DTYPE_BYTES.get(spec.dtype, 0), spec.name))
-    entries: dict[str, Any] = {"__metadata__": _metadata(sample_id, sample, generation)}
+    entries: dict[str, Any] = {}
     end = 0
     for spec in specs:
         if spec.dtype not in _FILE_DTYPES:
             raise StoreError(f"feature {spec.name} is {spec.dtype}", where=sample_id, hint=f"use {list(_FILE_DTYPES)}")
         begin, end = end, end + spec.nbytes
         entries[spec.name] = {"dtype": _FILE_DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
+    content = [raw_bytes(sample.features[spec.name].detach().to("cpu").contiguous()) for spec in specs]
+    entries["__metadata__"] = _metadata(sample_id, sample, generation) | {"crc32": f"{_checksum(content):08x}"}
     text = json.dumps(entries, separators=(",", ":")).encode("ascii")
     text += b" " * (-len(text) % 8)
-    tensors = [sample.features[spec.name].detach().to("cpu").contiguous() for spec in specs]
-    return [memoryview(struct.pack("<Q", len(text)) + text), *(raw_bytes(tensor) for tensor in tensors)]
+    return [memoryview(struct.pack("<Q", len(text)) + text), *content]
+
+
+def _checksum(content: Sequence[memoryview]) -> int:
+    checksum = 0
+    for buffer in content:
+        checksum = zlib.crc32(buffer, checksum)
+    return checksum
 
 
 def _metadata(sample_id: str, sample: Sample, generation: int) -> dict[str, str]:
@@ -177,6 +188,7 @@ def _parse_header(entries: dict[str, Any], *, data_start: int) -> SampleHeader:
         epoch=int(metadata["epoch"]),
         norm=norm,
         specs=tuple(specs),
+        checksum=int(metadata["crc32"], 16),
         data_start=data_start,
     )
 
@@ -184,13 +196,16 @@ def _parse_header(entries: dict[str, Any], *, data_start: int) -> SampleHeader:
 def read_features(descriptor: int, header: SampleHeader, *, where: str) -> dict[str, Tensor]:
     """Read the tensors that ``header`` describes, each into memory of its own.
 
-    :raises FeatureCorrupt: the file became shorter than its header says.
+    :raises FeatureCorrupt: the file became shorter than its header says, or its bytes are not the ones written.
     """
     features = {spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in header.specs}
-    count = read_all(descriptor, [raw_bytes(tensor) for tensor in features.values()], header.data_start)
+    content = [raw_bytes(tensor) for tensor in features.values()]
+    count = read_all(descriptor, content, header.data_start)
     expected = sum(spec.nbytes for spec in header.specs)
     if count != expected:
         raise FeatureCorrupt(f"{count} bytes of tensors where {expected} belong", where=where, hint=_CAPTURE_AGAIN)
+    if _checksum(content) != header.checksum:
+        raise FeatureCorrupt("its bytes are not the ones that were written", where=where, hint=_CAPTURE_AGAIN)
     return {name: features[name] for name in sorted(features)}
 
 
