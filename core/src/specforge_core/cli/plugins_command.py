@@ -55,6 +55,8 @@ def check_plugins(
     With NAME, the quick part of its kind's contract suite is run too (it needs specforge-core[testing]).
     Exit status 1 if any is broken, incompatible or in conflict. Disabled plugins are passed over.
     """
+    if not deadline > 0:
+        raise typer.BadParameter(f"{deadline:g} is not above 0", param_hint="--deadline")
     from specforge_core.cli.plugin_check import check_entries
 
     entries = list_entries(ctx.obj)

@@ -74,7 +74,8 @@ class _LineProgress:
             self._print(f"{self._done} done, waiting for {reason}")
 
     def _print(self, text: str) -> None:
-        self._console.print(f"{self._half}: {self._description} {text}".rstrip(), markup=False, highlight=False)
+        line = f"{self._half}: {self._description} {text}".rstrip()
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)  # a log is not cut to 80 columns
 
 
 class ProgressDisplay:
