@@ -12,7 +12,7 @@ import torch
 from bad_input import RUN, BadInput, Workshop, change_json, cut, overwrite
 from safetensors.torch import load_file, save_file
 
-EXPORT = f"{RUN}/export/eagle3"
+EXPORT = f"{RUN}/export/sglang"
 SAMPLE = "features/train/store/??/*.safetensors"
 REFS = "features/train/refs/*.refs"
 
@@ -50,6 +50,13 @@ def _drop_refs_but_close(w: Workshop) -> None:
     path = w.one(REFS)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:-3], lines[-1]]))
+
+
+def _alter_features(w: Workshop) -> None:
+    """One byte of a sample's tensors, which begin after the header."""
+    path = w.one(SAMPLE)
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    overwrite(path, header + 100, b"\x7f")
 
 
 def _other_prompts(w: Workshop) -> None:
@@ -202,6 +209,16 @@ TABLE = [
         _untrained(lambda w: w.write(f"{RUN}/features/train/features.json", "[]")),
         ("features/train/features.json", "not a JSON object", "capture again"),
     ),
+    BadInput(
+        "features altered",
+        _untrained(_alter_features),
+        ("features/train/store", ".safetensors", "not the ones that were written", "remove the feature directory"),
+    ),
+    BadInput(
+        "learning rate at which training diverges",
+        _untrained(_nothing, "train", "run.yaml", "training.learning_rate=1e30"),
+        ("samples train-", "not finite in optimizer step 2", "lower training.learning_rate"),
+    ),
     # checkpoints
     BadInput(
         "checkpoint of another learning rate",
@@ -258,21 +275,26 @@ TABLE = [
         _finished(_nothing, "eval", RUN, "--checkpoint", "run/checkpoints/step-00000099"),
         ("step-00000099", "no complete checkpoint", "name another directory"),
     ),
+    BadInput(
+        "best checkpoint unreadable",
+        _finished(lambda w: w.write(f"{RUN}/checkpoints/best", b"\xff\xfe"), "eval", RUN, "--checkpoint", "best"),
+        ("run/checkpoints/best", "damaged", "--checkpoint latest"),
+    ),
     # exports
     BadInput(
         "export format unknown",
         _finished(_nothing, "export", RUN, "--format", "gguf"),
-        ("--format", "'eagle3' does not write 'gguf'", "choose one of: eagle3"),
+        ("--format", "'eagle3' does not write 'gguf'", "choose one of: sglang, speculators"),
     ),
     BadInput(
         "export into what is there",
         _finished(_nothing, "export", RUN),
-        ("run/export/eagle3", "not empty", "--overwrite"),
+        ("run/export/sglang", "not empty", "--overwrite"),
     ),
     BadInput(
         "export is a file",
-        _finished(_file_for_directory("export/eagle3"), "export", RUN, "--overwrite"),
-        ("run/export/eagle3", "file of that name"),
+        _finished(_file_for_directory("export/sglang"), "export", RUN, "--overwrite"),
+        ("run/export/sglang", "file of that name"),
     ),
     BadInput(
         "bench of no export",
@@ -282,7 +304,7 @@ TABLE = [
     BadInput(
         "bench of another model",
         _finished(_export(architectures=["LlamaForCausalLM"]), "bench", RUN, "--draft", EXPORT),
-        ("export/eagle3/config.json", "not the config of an EAGLE3 draft", "name an EAGLE3 export"),
+        ("export/sglang/config.json", "not the config of an EAGLE3 draft", "name an EAGLE3 export"),
     ),
     BadInput(
         "export lacks a field",
@@ -293,32 +315,32 @@ TABLE = [
             "--draft",
             EXPORT,
         ),
-        ("export/eagle3/config.json", "is missing", "export"),
+        ("export/sglang/config.json", "is missing", "export"),
     ),
     BadInput(
         "export has text for a size",
         _finished(_export(hidden_size="wide"), "bench", RUN, "--draft", EXPORT),
-        ("export/eagle3/config.json", "hidden_size", "export"),
+        ("export/sglang/config.json", "hidden_size", "export"),
     ),
     BadInput(
         "export lacks a weight",
         _finished(_export_without("fc.weight"), "bench", RUN, "--draft", EXPORT),
-        ("export/eagle3/model.safetensors", "fc.weight is missing", "export"),
+        ("export/sglang/model.safetensors", "fc.weight is missing", "export"),
     ),
     BadInput(
         "export of another shape",
         _finished(_export_reshaped, "bench", RUN, "--draft", EXPORT),
-        ("export/eagle3/model.safetensors", "fc.weight is [2, 2], expected", "export"),
+        ("export/sglang/model.safetensors", "fc.weight is [2, 2], expected", "export"),
     ),
     BadInput(
         "export of another vocabulary",
         _finished(_export(vocab_size=999), "bench", RUN, "--draft", EXPORT),
-        ("export/eagle3/config.json", "vocabulary of 999", "use the target"),
+        ("export/sglang/config.json", "vocabulary of 999", "use the target"),
     ),
     BadInput(
         "export cut short",
         _finished(lambda w: cut(w.root / EXPORT / "model.safetensors"), "bench", RUN, "--draft", EXPORT),
-        ("export/eagle3/model.safetensors", "unreadable weights", "export"),
+        ("export/sglang/model.safetensors", "unreadable weights", "export"),
     ),
     # evaluation, bench, report
     BadInput(
@@ -348,6 +370,16 @@ TABLE = [
         _finished(_directory_for_file("bench.json"), "bench", RUN),
         ("run/bench.json", "cannot be written"),
     ),
+    BadInput(
+        "metrics with text for a number",
+        _finished(lambda w: w.write(f"{RUN}/metrics.jsonl", [{"step": 1, "loss": "low"}]), "report", RUN),
+        ("run/metrics.jsonl:1", "loss", "remove the line"),
+    ),
+    BadInput(
+        "bench result without its numbers",
+        _finished(lambda w: w.write(f"{RUN}/bench.json", "{}"), "report", RUN),
+        ("run/bench.json", "remove it, or write it again"),
+    ),
     BadInput("report on nothing", lambda w: ["report", "gone"], ("gone", "no run", "name the run.directory")),
     BadInput(
         "report on a run file", lambda w: ["report", w.run_file()], ("run.yaml", "no run", "name the run.directory")
@@ -365,12 +397,17 @@ TABLE = [
     BadInput(
         "resolved run file is no YAML",
         _finished(lambda w: w.write(f"{RUN}/config.yaml", "a: [b"), "report", RUN),
-        ("run/config.yaml", "YAML"),
+        ("run/config.yaml", "YAML", "writes it again"),
     ),
     BadInput(
         "report cannot be written",
         _finished(_file_for_directory("report"), "report", RUN),
         ("run/report", "cannot be written"),
+    ),
+    BadInput(
+        "store's place is a file",
+        _untrained(_file_for_directory("features/train/store")),
+        ("run/features/train/store", "cannot be read"),
     ),
     # the machine
     BadInput(
