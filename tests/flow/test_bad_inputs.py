@@ -62,6 +62,14 @@ def test_is_refused_by_a_process(row: BadInput, workshop: Workshop) -> None:
     check(row, workshop, before, status=process.returncode, err=err)
 
 
+def test_rows_that_train_nothing_are_counted_aloud(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    run_file = workshop.prompts(bad_prompts.GOOD, {"messages": [bad_prompts.ASK]})
+    with pytest.raises(SystemExit) as ended:
+        main(["capture", run_file])
+    assert ended.value.code == 0
+    assert "data.train: 1 prompts; 1 rows left out, which train no token" in capsys.readouterr().err
+
+
 def test_the_table_is_large_and_names_each_row_once() -> None:
     names = [row.name for row in TABLE]
     assert len(names) >= 48
