@@ -35,8 +35,17 @@ test: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: setup
-	$(BIN)/python benchmarks/eagle3_step.py --help
+# The peer pins versions that differ from ours, so it has an environment of its own.
+PEER := .venvs/peer
+$(PEER)/.set-up: benchmarks/peer-requirements.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet --no-deps speculators==0.9.0 torch==2.13.0
+	$(PEER)/bin/python -m pip install --quiet -r benchmarks/peer-requirements.txt
+	@touch $@
+
+bench: setup $(PEER)/.set-up
+	$(BIN)/python benchmarks/cli_startup.py
+	$(BIN)/python benchmarks/eagle3_step.py --peer-python $(PEER)/bin/python
 
 clean:
 	rm -rf $(VENV) dist build
