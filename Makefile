@@ -6,12 +6,13 @@ STAMP  := $(VENV)/.set-up
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-server lint bench clean
 
 help:
 	@echo "make setup   everything of this repository, editable, into $(VENV)"
 	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (under 8 minutes)"
 	@echo "make test    set up, run every test"
+	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 10 minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the step benchmark against a peer (installs it into an environment of its own)"
 
@@ -31,6 +32,16 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# vLLM pins versions that differ from ours, so it has an environment of its own.
+VLLM := .venvs/vllm
+$(VLLM)/.set-up: tests/server/vllm-requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+test-server: setup $(VLLM)/.set-up
+	SPECFORGE_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m server -s tests/server
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
