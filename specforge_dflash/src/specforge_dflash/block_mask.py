@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,14 @@ _HIDDEN = -1e30
 """Added to scores of hidden keys; finite, so that a row that sees none stays finite."""
 
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@cache
+def _mask_maker(*, compiled: bool) -> Callable[..., BlockMask]:
+    """Compiled, the rule over all queries and keys never exists at once."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask) if compiled else create_block_mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +107,10 @@ class BlockLayout:
 
     def flex(self, window: int | None) -> BlockMask:
         """For FlexAttention; made once per batch and window."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         if window not in self._flex:
-            device = self.anchors_M.device
-            make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-            self._flex[window] = make(
-                self.rule(window), None, None, self.num_rows, self.num_rows + self.num_context, device=device
-            )
+            device, keys = self.anchors_M.device, self.num_rows + self.num_context
+            make = _mask_maker(compiled=device.type == "cuda")
+            self._flex[window] = make(self.rule(window), None, None, self.num_rows, keys, device=device)
         return self._flex[window]
 
     @cached_property
