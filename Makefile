@@ -30,6 +30,9 @@ $(STAMP): Makefile VERSION constraints.txt requirements-dev.txt $(DISTRIBUTIONS:
 demo: setup
 	$(BIN)/specforge demo eagle3
 
+compare: setup
+	$(BIN)/python benchmarks/compare_strategies.py
+
 test: setup
 	$(BIN)/python -m pytest
 
