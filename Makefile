@@ -6,11 +6,12 @@ STAMP  := $(VENV)/.set-up
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-server lint bench clean
+.PHONY: help setup demo compare test test-server lint bench clean
 
 help:
 	@echo "make setup   everything of this repository, editable, into $(VENV)"
 	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (under 8 minutes)"
+	@echo "make compare train and bench every strategy on the demo target, side by side"
 	@echo "make test    set up, run every test"
 	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 10 minutes)"
 	@echo "make lint    ruff and mypy"
