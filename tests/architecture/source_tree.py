@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE = ROOT / "core" / "src" / "specforge_core"
-_SKIPPED = {".venv", ".git", "__pycache__", "runs", "dist", "build", "node_modules"}
+_SKIPPED = {".venv", ".venvs", ".git", "__pycache__", "runs", "dist", "build", "node_modules"}
 
 
 @dataclass(frozen=True)
