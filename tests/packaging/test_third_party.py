@@ -94,6 +94,7 @@ def test_check_runs_the_contract(third_party: ThirdParty, selector: str) -> None
 def test_a_strategy_trains_evaluates_benches_and_exports(
     third_party: ThirdParty, project: str, run_file: str, run: str
 ) -> None:
+    assert "last_hidden_states (post norm)" in third_party.checked("plan", run_file, cwd=project)
     third_party.checked("run", run_file, cwd=project)
     losses = [json.loads(line)["loss"] for line in (third_party.folder / project / run / "metrics.jsonl").open()]
     assert losses[-1] < losses[0]
@@ -139,3 +140,15 @@ def test_a_broken_contract_is_reported(third_party: ThirdParty) -> None:
     assert ended.returncode == 1
     assert "does not keep" in ended.stdout
     assert "broken          loss and gradient do not depend on how a window is cut" in ended.stdout
+
+
+def test_without_pytest_a_check_only_imports_and_says_so(third_party: ThirdParty) -> None:
+    [kept] = third_party.environment.directory.parent.glob("third-party/pytest")
+    place = kept.readlink()
+    kept.unlink()
+    try:
+        [checked] = json.loads(third_party.checked("plugins", "check", "heads", "--json"))
+    finally:
+        kept.symlink_to(place)
+    assert (checked["status"], checked["contract"]) == ("ok", {})
+    assert "specforge-core[testing]" in checked["remark"]
