@@ -29,7 +29,7 @@ ARCHITECTURE = "DFlashDraftModel"
 
 
 def draft_config(
-    draft: DflashDraft, target: TargetInfo, aux_layer_ids: tuple[int, ...], extra: Mapping[str, Any] | None = None
+    draft: DflashDraft, target: TargetInfo, aux_layer_ids: tuple[int, ...], *, extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """``config.json``: Qwen3's fields, and what is DFlash's own.
 

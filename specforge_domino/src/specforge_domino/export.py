@@ -40,7 +40,7 @@ def write_export(
         "pure_draft_prefix_len": head.pure_draft_prefix_len,
         "shift_label": head.shift_label,
     }
-    write_files(draft, directory, draft_config(draft, target, aux_layer_ids, extra))
+    write_files(draft, directory, draft_config(draft, target, aux_layer_ids, extra=extra))
 
 
 def head_from_config(config: Mapping[str, Any]) -> HeadShape:
