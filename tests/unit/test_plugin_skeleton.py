@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import specforge_core
 from specforge_core.cli.plugin_skeleton import KINDS, write_skeleton
 from specforge_core.contracts import ConfigError, PluginError
 from specforge_core.hooks.discovery import GROUPS
@@ -57,6 +58,17 @@ def test_the_suites_subclass_is_six_lines(tmp_path: Path, kind: str) -> None:
     [suite] = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     body = [node for node in suite.body if not isinstance(node, ast.Expr)]
     assert sum(node.end_lineno - node.lineno + 1 for node in body) <= 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_open_to_plugins_is_imported(tmp_path: Path, kind: str) -> None:
+    made = write_skeleton("mine", kind, tmp_path)
+    for path in (path for path in made.files if path.suffix == ".py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("specforge_core"):
+                inside = node.module.split(".")[1:2]
+                assert inside in ([], ["contracts"], ["modeling"], ["testing"]), f"{path}: {node.module}"
+                assert inside or {alias.name for alias in node.names} <= set(specforge_core.__all__)
 
 
 @pytest.mark.parametrize("name", ["", "Mine", "my_part", "-x", "x-", "1st", "a--b", "../x", "x/y", "é", "a b"])

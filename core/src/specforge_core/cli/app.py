@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("measure_commands", "Measure speculative decoding against plain decoding."),
     "report": ("measure_commands", "Write an HTML page and pictures about a run."),
     "demo": ("demo_command", "The whole path on a small real target."),
-    "plugins": ("plugins_command", "List, check and show installed plugins."),
+    "plugins": ("plugins_command", "List, check and show installed plugins; write a new one."),
     "schema": ("schema_command", "Print the run file's JSON schema, for editors."),
     "doctor": ("doctor_command", "Say what this machine and environment offer."),
 }
@@ -43,6 +43,10 @@ A run of your own:
 \b
 Settle two plugins that offer one name:
   specforge --no-plugin some-distribution:name plan run.yaml
+\b
+Write a plugin, and look at it:
+  specforge plugins new mine --kind strategy
+  specforge plugins check mine
 """
 
 
