@@ -108,7 +108,8 @@ def _render(node: Definition, what: str) -> str:
 def _members(node: ast.ClassDef) -> Iterator[str]:
     fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
     if fields:
-        yield "```python\n" + "\n".join(ast.unparse(item) for item in fields) + "\n```\n"
+        shown = "\n".join(ast.unparse(item) for item in fields).replace("'", '"')  # as the formatter quotes
+        yield f"```python\n{shown}\n```\n"
     for item in node.body:
         if not isinstance(item, ast.FunctionDef) or item.name.startswith("_"):
             continue
