@@ -50,7 +50,7 @@ def unrolled_guesses(draft, ids, aux, position):
     mask = torch.zeros(1, ids.shape[0], dtype=torch.bool)
     mask[0, position] = True
     rows = select_rows(ids[None], mask, steps=STEPS)
-    hidden = unroll(draft, ids[None], aux[None], rows, steps=STEPS)
+    hidden = unroll(draft, ids[None], aux[None], rows=rows, steps=STEPS)
     row = int((rows.positions_R == position).nonzero())
     guess = draft.lm_head(hidden[:, row]).argmax(-1)
     return (guess + draft.d2t[guess]).tolist()

@@ -105,7 +105,9 @@ def test_fused_norm_and_gated_layers_equal_autograd():
     gate, up = (plain_norm(x) @ gate_up.T).chunk(2, -1)
     plain = (plain_norm(x) @ matrix.T).sin().sum() + ((functional.silu(gate) * up) @ down.T).sin().sum()
     plain = plain + plain_norm(x).sin().sum()
-    fused = rms_norm_linear(x, norm, matrix).sin().sum() + gated_mlp(x, norm, gate_up, down).sin().sum()
+    fused = (
+        rms_norm_linear(x, norm, matrix).sin().sum() + gated_mlp(x, norm, gate_up_FH=gate_up, down_HF=down).sin().sum()
+    )
     fused = fused + rms_norm(x, norm.weight, eps).sin().sum()
     torch.testing.assert_close(fused, plain)
     for got, expected in zip(torch.autograd.grad(fused, leaves), torch.autograd.grad(plain, leaves), strict=True):
@@ -139,7 +141,7 @@ def test_merged_attention_equals_the_plain_softmax(layout, groups, own):
     for attention in (attend, attend_plain):
         tensors = [t.requires_grad_() for t in _attention_case(layout, groups=groups, own=own, length=40)]
         pairs = list(zip(tensors[3::2], tensors[4::2], strict=True))
-        out = attention(layout, *tensors[:3], pairs)
+        out = attention(layout, *tensors[:3], own=pairs)
         results.append([out, *torch.autograd.grad(out.sin().sum(), tensors)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6)
@@ -149,8 +151,8 @@ def test_merged_attention_stays_exact_with_huge_scores():
     layout = QueryLayout(1, 0, 30)
     query, key, value, *own = _attention_case(layout, groups=1, own=2, length=30)
     pairs = [(own[0] * 30, own[1]), (own[2] * -30, own[3])]
-    expected = attend_plain(layout, query * 20, key * 20, value, pairs)
-    torch.testing.assert_close(attend(layout, query * 20, key * 20, value, pairs), expected, rtol=1e-4, atol=1e-5)
+    expected = attend_plain(layout, query * 20, key * 20, value, own=pairs)
+    torch.testing.assert_close(attend(layout, query * 20, key * 20, value, own=pairs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_parts_are_unusable_until_loaded_and_never_in_the_state():

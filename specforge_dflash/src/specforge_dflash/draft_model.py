@@ -106,7 +106,12 @@ class DecoderLayer(nn.Module):
     def finish(self, state_RH: Tensor, attended_RND: Tensor, folded: FoldedLayer) -> Tensor:
         """Both residual branches of the layer, from the heads' outputs."""
         state_RH = state_RH + self.self_attn.o_proj(attended_RND.flatten(1))
-        mlp = gated_mlp(state_RH, self.post_attention_layernorm, folded.gate_up, self.mlp.down_proj.weight)
+        mlp = gated_mlp(
+            state_RH,
+            self.post_attention_layernorm,
+            gate_up_FH=folded.gate_up,
+            down_HF=self.mlp.down_proj.weight,
+        )
         return state_RH + mlp
 
 

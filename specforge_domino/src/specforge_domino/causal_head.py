@@ -47,7 +47,7 @@ class PrefixGru(nn.Module):
         return candidate + update * (state_MS - candidate)
 
 
-def block_states(gru: PrefixGru, embedding: nn.Module, input_ids_BT: Tensor, blocks: PackedBlocks) -> Tensor:
+def block_states(gru: PrefixGru, embedding: nn.Module, input_ids_BT: Tensor, *, blocks: PackedBlocks) -> Tensor:
     """The GRU's state after each token of each block, the true tokens read: [M, K, S].
 
     Tokens past a sample's end are read as its padding; nothing trained depends on them.

@@ -52,7 +52,7 @@ class DominoDraft(DflashDraft):
         slots_E = blocks.trained_slots
         corrected_E = slots_E >= self.head_shape.first_corrected_slot
         rows_C = corrected_E.nonzero().flatten()
-        states_MKS = block_states(self.prefix_gru, self.embed_tokens, input_ids_BT, blocks)
+        states_MKS = block_states(self.prefix_gru, self.embed_tokens, input_ids_BT, blocks=blocks)
         # The state that has read everything before the guessed token: up to the slot itself, or the one before it.
         # A first slot that guesses its own position is never trained, so slot − 1 stays inside the block.
         read_C = blocks.trained_E[rows_C] - (1 - self.head_shape.label_offset)

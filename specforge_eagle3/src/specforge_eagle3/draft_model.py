@@ -167,7 +167,7 @@ class Eagle3Draft(nn.Module):
         layer = self.midlayer
         state_RH = state_RH + layer.self_attn.o_proj(attended_RND.flatten(1))
         norm = layer.post_attention_layernorm
-        return state_RH + gated_mlp(state_RH, norm, folded.gate_up, layer.mlp.down_proj.weight)
+        return state_RH + gated_mlp(state_RH, norm, gate_up_FH=folded.gate_up, down_HF=layer.mlp.down_proj.weight)
 
     def before_head(self, state_RH: Tensor) -> Tensor:
         """What the head reads: the state, normed unless ``norm_output`` is off."""

@@ -49,7 +49,7 @@ def unrolled_sums(draft: Eagle3Draft, tensors: Mapping[str, Tensor], *, steps: i
     )
     if rows is None:
         return _nothing_trained(draft, steps)
-    hidden_SRH = unroll(draft, tensors[INPUT_IDS], tensors[AUX_HIDDEN_STATES], rows, steps=steps)
+    hidden_SRH = unroll(draft, tensors[INPUT_IDS], tensors[AUX_HIDDEN_STATES], rows=rows, steps=steps)
     labels = labels_at(draft, tensors[LAST_HIDDEN_STATES], rows.trained_M)
     index = RowIndex(rows.rows_SM, rows.counted_SM)
     return distil(hidden_SRH, draft.lm_head.weight, labels=labels, index=index, weights=weights)
@@ -71,7 +71,7 @@ def _first_keys(
     return draft.split_keys(projected, angles)
 
 
-def unroll(draft: Eagle3Draft, input_ids_BT: Tensor, aux_BTLA: Tensor, rows: NeededRows, *, steps: int) -> Tensor:
+def unroll(draft: Eagle3Draft, input_ids_BT: Tensor, aux_BTLA: Tensor, *, rows: NeededRows, steps: int) -> Tensor:
     """Run the draft's layer ``steps`` times over the needed rows.
 
     :returns: what the head reads at each step, [S, R, H].
@@ -110,6 +110,6 @@ def unroll(draft: Eagle3Draft, input_ids_BT: Tensor, aux_BTLA: Tensor, rows: Nee
             )
         else:
             own.append((key, value))
-        state = draft.finish_layer(state, attend(layout, query, key_BGJD, value_BGJD, own), folded)
+        state = draft.finish_layer(state, attend(layout, query, key_BGJD, value_BGJD, own=own), folded)
         outputs.append(draft.before_head(state))
     return torch.stack(outputs)

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     ctx: typer.Context,
+    *,
     strategy: Annotated[str | None, typer.Argument(help="Strategy; needed where several are installed.")] = None,
     directory: Annotated[
         Path | None, typer.Option("--directory", help="Run directory. Default: runs/demo-STRATEGY.")

@@ -33,6 +33,7 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     ctx: typer.Context,
     run: RunArgument,
+    *,
     overrides: Overrides = None,
     checkpoint: Checkpoint = "latest",
     as_json: AsJson = False,
@@ -55,6 +56,7 @@ def evaluate(
 def export(
     ctx: typer.Context,
     run: RunArgument,
+    *,
     overrides: Overrides = None,
     checkpoint: Checkpoint = "latest",
     format: Annotated[str | None, typer.Option("--format", help="Default: the strategy's first.")] = None,
@@ -74,6 +76,7 @@ def export(
 def bench(
     ctx: typer.Context,
     run: RunArgument,
+    *,
     overrides: Overrides = None,
     checkpoint: Checkpoint = "latest",
     draft: Annotated[Path | None, typer.Option("--draft", help="An export to bench instead of a checkpoint.")] = None,

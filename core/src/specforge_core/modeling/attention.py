@@ -164,7 +164,7 @@ def _own_backward(
 
 
 def attend(
-    layout: QueryLayout, query: Tensor, key: Tensor, value: Tensor, own: Sequence[tuple[Tensor, Tensor]] = ()
+    layout: QueryLayout, query: Tensor, key: Tensor, value: Tensor, *, own: Sequence[tuple[Tensor, Tensor]] = ()
 ) -> Tensor:
     """``softmax([q·K, q·own_1, …] / √D)`` over causal keys and own-row keys, times the values.
 
@@ -175,13 +175,13 @@ def attend(
     """
     flat = [tensor for pair in own for tensor in pair]
     if query.device.type != "cpu":
-        return attend_plain(layout, query, key, value, own)
+        return attend_plain(layout, query, key, value, own=own)
     result: Tensor = _MergedAttention.apply(layout, query, key, value, *flat)  # type: ignore[no-untyped-call]
     return result
 
 
 def attend_plain(
-    layout: QueryLayout, query: Tensor, key: Tensor, value: Tensor, own: Sequence[tuple[Tensor, Tensor]] = ()
+    layout: QueryLayout, query: Tensor, key: Tensor, value: Tensor, *, own: Sequence[tuple[Tensor, Tensor]] = ()
 ) -> Tensor:
     """:func:`attend` as it is written in formulas: every score exists. For other devices, and to compare with."""
     groups, scale = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5

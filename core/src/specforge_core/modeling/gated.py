@@ -43,7 +43,7 @@ class _GatedMlp(torch.autograd.Function):
         return grad_x, grad_weight, None, grad_gate_up, grad_down
 
 
-def gated_mlp(x_RH: Tensor, norm: RMSNorm, gate_up_FH: Tensor, down_HF: Tensor) -> Tensor:
+def gated_mlp(x_RH: Tensor, norm: RMSNorm, *, gate_up_FH: Tensor, down_HF: Tensor) -> Tensor:
     """``down · (silu(gate · n) · (up · n))`` with ``n`` the normed x.
 
     :param x_RH: [R, H].

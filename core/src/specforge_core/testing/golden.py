@@ -85,17 +85,18 @@ def load_vector(path: Path) -> GoldenVector:
     """:raises DataError: not a file of this format."""
     if not path.is_file():
         raise DataError("no such file", where=str(path))
-    groups: dict[str, dict[str, Tensor]] = {g: {} for g in ("weights", "frozen", "inputs", "expected", "grads")}
     try:
         with safe_open(path, "pt") as stored:
             header = _header(path, (stored.metadata() or {}).get("golden"))
-            for key in stored.keys():  # noqa: SIM118
-                group, _, name = key.partition(".")
-                if group not in groups or not name:
-                    raise DataError(f"unexpected tensor {key!r}", where=str(path))
-                groups[group][name] = stored.get_tensor(key)
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise DataError(f"not a readable safetensors file: {error}", where=str(path)) from error
+    groups: dict[str, dict[str, Tensor]] = {g: {} for g in ("weights", "frozen", "inputs", "expected", "grads")}
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(".")
+        if group not in groups or not name:
+            raise DataError(f"unexpected tensor {key!r}", where=str(path))
+        groups[group][name] = tensor
     for group in ("weights", "inputs", "expected"):
         if not groups[group]:
             raise DataError(f"no tensor named '{group}.…'", where=str(path))

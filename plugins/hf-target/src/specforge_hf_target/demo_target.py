@@ -18,8 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specforge_core import DemoTarget
 from specforge_core.contracts import DataError, Progress
-from specforge_core.hooks.descriptors import DemoTarget
 
 from specforge_hf_target.demo_corpus import Corpus, Exchange, read_corpus
 from specforge_hf_target.progress_bars import without_progress_bars
