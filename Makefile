@@ -13,7 +13,7 @@ help:
 	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (under 8 minutes)"
 	@echo "make compare train and bench every strategy on the demo target, side by side"
 	@echo "make test    set up, run every test"
-	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 10 minutes)"
+	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 8 minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the step benchmark against a peer (installs it into an environment of its own)"
 
