@@ -35,7 +35,7 @@ compare: setup
 	$(BIN)/python benchmarks/compare_strategies.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # vLLM pins versions that differ from ours, so it has an environment of its own.
 VLLM := .venvs/vllm
