@@ -61,6 +61,7 @@ $(PEER)/.set-up: benchmarks/peer-requirements.txt
 bench: setup $(PEER)/.set-up
 	$(BIN)/python benchmarks/cli_startup.py
 	$(BIN)/python benchmarks/eagle3_step.py --peer-python $(PEER)/bin/python
+	$(BIN)/python benchmarks/dflash_step.py --peer-python $(PEER)/bin/python
 
 clean:
 	rm -rf $(VENV) dist build
