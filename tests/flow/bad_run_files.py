@@ -241,9 +241,9 @@ TABLE = [
         ("topology", "one half of a colocated run", "use `specforge run`"),
     ),
     BadInput(
-        "both halves of a disaggregated run",
+        "a disaggregated run",
         lambda w: ["run", w.run_file(topology="disaggregated")],
-        ("topology", "disaggregated", "specforge capture"),
+        ("topology", "disaggregated", "topology: offline"),
     ),
     # the command line itself
     BadInput(

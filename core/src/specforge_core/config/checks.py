@@ -38,8 +38,24 @@ class Composition:
 
 def find_mismatches(parts: Composition) -> list[str]:
     """Everything that does not fit together, in the order of the run file's sections."""
-    checks = (_check_paths, _check_target, _check_capture, _check_wires, _check_watermarks, _check_training)
+    checks = (
+        _check_topology,
+        _check_paths,
+        _check_target,
+        _check_capture,
+        _check_wires,
+        _check_watermarks,
+        _check_training,
+    )
     return [mismatch for check in checks for mismatch in check(parts)]
+
+
+def _check_topology(parts: Composition) -> Iterator[str]:
+    if parts.loaded.config.topology == "disaggregated":
+        yield (
+            f"{parts.at('topology')}: disaggregated runs compose but cannot be started yet: a half that dies could not "
+            "be resumed exactly; say topology: offline, and capture and train with it on machines that share run.directory"
+        )
 
 
 def _check_paths(parts: Composition) -> Iterator[str]:

@@ -67,12 +67,6 @@ def _train(run: Run) -> Outcome:
 
 def capture_and_train(run: Run) -> Outcome:
     """Both halves in this process: one after the other where features are captured once, else side by side."""
-    if run.plan.config.topology == "disaggregated":
-        raise ConfigError(
-            "both halves of a disaggregated run cannot share one process",
-            where="topology",
-            hint="start `specforge capture` and `specforge train` with this run file, or say topology: colocated",
-        )
     check_device(run.plan.config.training.device)  # before hours of capture
     if run.plan.feature_reuse:
         capture(run)
