@@ -81,7 +81,7 @@ def test_resolved_run_file_gives_the_same_plan_again(registry: PluginRegistry) -
         (["strategy.layerz=[1]"], ["override 'strategy.layerz=[1]'", "did you mean 'layers'"]),
         (["store.name=memory"], ["not cross-process and durable", "store: {name: file}"]),
         (["channel.name=memory"], ["not durable and replayable", "channel: {name: file}"]),
-        (["topology=disaggregated", "store.name=memory"], ["not cross-process", "cannot be started yet"]),
+        (["topology=disaggregated"], ["cannot be started yet", "topology: offline"]),
         (["topology=colocated", "capture.high_watermark_bytes=1000"], ["less than two windows", "149504 bytes"]),
         (["topology=colocated", "data.features=x"], ["only `topology: offline` keeps features"]),
         (["training.micro_batch_size=17"], ["17 is more than the 16 samples"]),

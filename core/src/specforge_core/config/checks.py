@@ -54,7 +54,7 @@ def _check_topology(parts: Composition) -> Iterator[str]:
     if parts.loaded.config.topology == "disaggregated":
         yield (
             f"{parts.at('topology')}: disaggregated runs compose but cannot be started yet: a half that dies could not "
-            "be resumed exactly; say topology: offline, and capture and train with it on machines that share run.directory"
+            "be resumed exactly; say topology: offline, and capture and train on machines that share run.directory"
         )
 
 
