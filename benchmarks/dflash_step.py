@@ -13,15 +13,9 @@ target's logits at the same places, which it computes besides. The peer has no D
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+
+from alternation import StepBenchmark, run
 
 HIDDEN, LAYERS, HEADS, INTERMEDIATE, VOCAB = 512, 4, 8, 1536, 32_000
 SAMPLES, LENGTH, BLOCK, ANCHORS = 2, 512, 16, 64
@@ -212,105 +206,19 @@ def make_peer(options: argparse.Namespace) -> Callable[[str], float]:
     return step
 
 
-def work(side: str, options: argparse.Namespace) -> None:
-    """A worker: reads one mode per line, does one step, answers with one JSON line."""
-    import torch
-
-    torch.set_num_threads(options.threads)
-    imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = (make_ours if side == "ours" else make_peer)(options)
-    print(json.dumps({"ready": True, "torch": torch.__version__}), flush=True)
-    for line in sys.stdin:
-        begin = time.perf_counter()
-        answer = {"loss": step(line.strip()), "seconds": time.perf_counter() - begin}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({**answer, "peak_mb": peak / 1024, "imports_mb": imports / 1024}), flush=True)
-
-
-@dataclass
-class Side:
-    """One worker process."""
-
-    name: str
-    process: subprocess.Popen
-
-    @classmethod
-    def start(cls, name: str, python: str, options: argparse.Namespace) -> Side:
-        command = [python, __file__, "--worker", name, "--dtype", options.dtype, "--strategy", options.strategy]
-        command += ["--threads", str(options.threads)]
-        side = cls(name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-        side._answer()
-        return side
-
-    def ask(self, line: str) -> dict:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with status {self.process.wait()}; its error stands above")
-        return json.loads(line)
-
-
-def measure(mode: str, options: argparse.Namespace) -> dict:
-    """Alternate the sides, fresh processes per mode so that peak memory is the mode's own."""
-    sides = [Side.start("ours", sys.executable, options)]
-    if options.peer_python and options.strategy == "dflash":
-        sides.append(Side.start("peer", options.peer_python, options))
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    result: dict = {"mode": mode, "strategy": options.strategy, "dtype": options.dtype}
-    for turn in range(options.warmup + options.rounds):
-        for side in sides:
-            answer = side.ask(mode)
-            if turn >= options.warmup:
-                seconds[side.name].append(answer["seconds"])
-            result[f"{side.name}_peak_mb"], result[f"{side.name}_imports_mb"] = answer["peak_mb"], answer["imports_mb"]
-            result.setdefault(f"{side.name}_first_loss", answer["loss"])
-            result[f"{side.name}_last_loss"] = answer["loss"]
-    for side in sides:
-        result[f"{side.name}_tokens_per_second"] = SAMPLES * LENGTH / statistics.median(seconds[side.name])
-        side.process.stdin.close()
-        side.process.wait(timeout=60)
-    return result
-
-
-def show(result: dict) -> None:
-    print(f"{result['strategy']}, {result['dtype']}, {result['mode']} positions trained")
-    for side in ("ours", "peer"):
-        if f"{side}_peak_mb" in result:
-            print(
-                f"  {side}: {result[f'{side}_tokens_per_second']:7.0f} tokens/s,"
-                f" peak {result[f'{side}_peak_mb']:.0f} MB (imports {result[f'{side}_imports_mb']:.0f}),"
-                f" loss {result[f'{side}_first_loss']:.4f} -> {result[f'{side}_last_loss']:.4f}"
-            )
-    if "peer_peak_mb" in result:
-        speed = result["ours_tokens_per_second"] / result["peer_tokens_per_second"]
-        print(f"  ratio: {speed:.2f} x tokens/s, {result['ours_peak_mb'] / result['peer_peak_mb']:.2f} x peak memory")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="python of the environment that holds speculators; default: ours alone")
     parser.add_argument("--strategy", choices=("dflash", "domino"), default="dflash")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--mode", choices=MODES, action="append")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        work(options.worker, options)
-        return
-    results = []
-    for mode in options.mode or MODES:
-        results.append(measure(mode, options))
-        show(results[-1])
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    strategy = parser.parse_known_args()[0].strategy
+    peer = {"peer": make_peer} if strategy == "dflash" else {}  # the peer has no correction head
+    benchmark = StepBenchmark(
+        script=__file__,
+        title=strategy,
+        modes=MODES,
+        tokens_per_step=SAMPLES * LENGTH,
+        sides={"ours": make_ours, **peer},
+    )
+    run(benchmark, parser)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,9 @@ input while the other works. Both get the same weights' shapes, features, mask, 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+
+from alternation import StepBenchmark, run
 
 HIDDEN, HEADS, INTERMEDIATE, VOCAB, DRAFT_VOCAB = 512, 8, 1536, 32_000, 8_000
 SAMPLES, LENGTH, STEPS, DECAY = 2, 512, 7, 0.8
@@ -189,130 +183,17 @@ def make_peer(dtype: str) -> Callable[[str], float]:
     return step
 
 
-def work(side: str, *, dtype: str, threads: int) -> None:
-    """A worker: reads one mode per line, does one step, answers with one JSON line."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    torch.set_num_threads(threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = (make_ours if side == "ours" else make_peer)(dtype)
-    print(json.dumps({"ready": True, "torch": torch.__version__}), flush=True)
-    for line in sys.stdin:
-        mode, _, what = line.strip().partition(" ")
-        answer: dict = {}
-        if what == "flops":
-            with FlopCounterMode(display=False) as counter:
-                step(mode)
-            answer["flops"] = counter.get_total_flops()
-        elif what == "gemm":
-            a = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
-            times = []
-            for _ in range(5):
-                begin = time.perf_counter()
-                a @ a
-                times.append(time.perf_counter() - begin)
-            answer["gflops"] = 2 * 2048**3 / min(times) / 1e9
-        else:
-            begin = time.perf_counter()
-            answer["loss"] = step(mode)
-            answer["seconds"] = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        answer.update(peak_mb=peak / 1024, imports_mb=before / 1024)
-        print(json.dumps(answer), flush=True)
-
-
-@dataclass
-class Side:
-    """One worker process."""
-
-    name: str
-    process: subprocess.Popen
-
-    @classmethod
-    def start(cls, name: str, python: str, options: argparse.Namespace) -> Side:
-        command = [python, __file__, "--worker", name, "--dtype", options.dtype, "--threads", str(options.threads)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        side = cls(name, process)
-        side._answer()
-        return side
-
-    def ask(self, line: str) -> dict:
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended with status {self.process.wait()}; its error stands above")
-        return json.loads(line)
-
-
-def measure(mode: str, options: argparse.Namespace) -> dict:
-    """Alternate the two sides, fresh processes per mode so that peak memory is the mode's own."""
-    sides = [Side.start("ours", sys.executable, options)]
-    if options.peer_python:
-        sides.append(Side.start("peer", options.peer_python, options))
-    seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    result: dict = {"mode": mode, "gflops": sides[0].ask(f"{mode} gemm")["gflops"]}
-    for turn in range(options.warmup + options.rounds):
-        for side in sides:
-            answer = side.ask(mode)
-            if turn >= options.warmup:
-                seconds[side.name].append(answer["seconds"])
-            result[f"{side.name}_peak_mb"], result[f"{side.name}_imports_mb"] = answer["peak_mb"], answer["imports_mb"]
-            result.setdefault(f"{side.name}_first_loss", answer["loss"])
-            result[f"{side.name}_last_loss"] = answer["loss"]
-    for side in sides:
-        median = statistics.median(seconds[side.name])
-        result[f"{side.name}_tokens_per_second"] = SAMPLES * LENGTH / median
-        result[f"{side.name}_gemm_share"] = side.ask(f"{mode} flops")["flops"] / median / 1e9 / result["gflops"]
-        side.process.stdin.close()
-        side.process.wait(timeout=60)
-    return result
-
-
-def show(result: dict) -> None:
-    print(f"{result['mode']} positions trained (machine: {result['gflops']:.0f} GFLOP/s in 2048³ products)")
-    for side in ("ours", "peer"):
-        if f"{side}_peak_mb" in result:
-            print(
-                f"  {side}: {result[f'{side}_tokens_per_second']:7.0f} tokens/s,"
-                f" products at {result[f'{side}_gemm_share']:.0%} of that rate,"
-                f" peak {result[f'{side}_peak_mb']:.0f} MB (imports {result[f'{side}_imports_mb']:.0f}),"
-                f" loss {result[f'{side}_first_loss']:.4f} -> {result[f'{side}_last_loss']:.4f}"
-            )
-    if "peer_peak_mb" in result:
-        speed = result["ours_tokens_per_second"] / result["peer_tokens_per_second"]
-        print(f"  ratio: {speed:.2f} x tokens/s, {result['ours_peak_mb'] / result['peer_peak_mb']:.2f} x peak memory")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="python of the environment that holds speculators; default: ours alone")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--mode", choices=MODES, action="append")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        work(options.worker, dtype=options.dtype, threads=options.threads)
-        return
-    cpu = Path("/proc/cpuinfo")
-    if options.dtype == "bfloat16" and not (cpu.exists() and "amx_bf16" in cpu.read_text()):
-        print("this processor has no AMX: bfloat16 products are not faster here, so nothing was measured")
-        return
-    results = []
-    for mode in options.mode or MODES:
-        results.append(measure(mode, options))
-        show(results[-1])
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run(
+        StepBenchmark(
+            script=__file__,
+            title="eagle3",
+            modes=MODES,
+            tokens_per_step=SAMPLES * LENGTH,
+            sides={
+                "ours": lambda options: make_ours(options.dtype),
+                "peer": lambda options: make_peer(options.dtype),
+            },
+        ),
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter),
+    )
