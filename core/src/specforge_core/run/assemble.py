@@ -7,6 +7,7 @@ loads no target model, capturing constructs no draft.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,7 @@ class Run:
         self._observers = observers
         self._prompts: dict[Split, PromptSet] = {}
         self._wires: dict[Split, Wires] = {}
+        self._constructing = threading.Lock()
 
     @cached_property
     def parallelism(self) -> Parallelism:
@@ -150,17 +152,25 @@ class Run:
         return describe_features(self.plan.info, self.plan.request, prompts=self.prompts(split).fingerprint)
 
     def wires(self, split: Split) -> Wires:
-        """The run's store and channel for training; files for held-out features, which are captured once and kept."""
-        if split not in self._wires:
-            context = PartContext(run_id=str(self.directory.root.resolve()), directory=self.directory.split(split))
-            if split == "eval":
-                store: FeatureStore = FileStore(FileStoreConfig(name="file"), context)
-                channel: RefChannel = FileChannel(FileChannelConfig(name="file"), context)
-            else:
-                store = resolve(self.plan.feature_store.factory)(self.plan.store_section, context)
-                channel = resolve(self.plan.ref_channel.factory)(self.plan.channel_section, context)
-            self._wires[split] = Wires(store, channel)
-        return self._wires[split]
+        """The run's store and channel for training; files for held-out features, which are captured once and kept.
+
+        Both halves get the same ones, also when two threads ask at once: a channel of each half's own would leave
+        the reader waiting for what the other channel holds.
+        """
+        with self._constructing:
+            if split not in self._wires:
+                self._wires[split] = self._open_wires(split)
+            return self._wires[split]
+
+    def _open_wires(self, split: Split) -> Wires:
+        context = PartContext(run_id=str(self.directory.root.resolve()), directory=self.directory.split(split))
+        if split == "eval":
+            files = FileStoreConfig(name="file"), FileChannelConfig(name="file")
+            return Wires(FileStore(files[0], context), FileChannel(files[1], context))
+        plan = self.plan
+        store: FeatureStore = resolve(plan.feature_store.factory)(plan.store_section, context)
+        channel: RefChannel = resolve(plan.ref_channel.factory)(plan.channel_section, context)
+        return Wires(store, channel)
 
     def capture_loop(self, split: Split, writer: RefWriter) -> CaptureLoop:
         """The capture loop; held back by training only where training frees what is captured."""

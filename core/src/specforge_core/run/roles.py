@@ -102,6 +102,8 @@ def _side_by_side(run: Run) -> Outcome:
             failures.append(error)
             run.stop.request(f"capture failed: {error}")
 
+    # constructed here, before there are two threads that could each construct their own
+    _ = run.engine, run.strategy, run.wires("train"), run.order, run.window_plan, run.checkpoint_reader
     thread = threading.Thread(target=capture_half, name="capture", daemon=True)
     thread.start()
     try:
