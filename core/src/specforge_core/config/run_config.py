@@ -22,6 +22,14 @@ class RunSection(Section):
 
     directory: Path = Field(description="run directory: config, metrics, checkpoints, export, reports")
     seed: int = Field(0, ge=0, description="everything random in the run derives from it")
+    id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$",
+        description="the same in every process of one run, unlike any other run's; default: run.directory's last part",
+    )
+    token_file: Path | None = Field(
+        None, description="file with the run's shared secret; default: the environment's SPECFORGE_TOKEN, or none"
+    )
 
 
 class DataSection(Section):

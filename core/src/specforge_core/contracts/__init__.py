@@ -6,6 +6,7 @@ Read in this order: ``records``, ``feature_store``, ``ref_channel``, ``target_en
 
 from specforge_core.contracts.decoding import Drafter, TargetDecoder, TargetStep
 from specforge_core.contracts.errors import (
+    AccessDenied,
     BenchError,
     ChannelError,
     ChannelFailed,
@@ -16,6 +17,7 @@ from specforge_core.contracts.errors import (
     ExportError,
     FeatureCorrupt,
     FeatureGone,
+    PeerDied,
     PlanError,
     PluginError,
     RunStopped,
@@ -26,6 +28,7 @@ from specforge_core.contracts.errors import (
     TargetError,
 )
 from specforge_core.contracts.feature_store import FeatureStore, StoreCapabilities, Usage
+from specforge_core.contracts.leases import CaptureBatch, Lease, LeaseDesk, Split
 from specforge_core.contracts.metrics import Ratio, simulated_acceptance_length, sum_ratios
 from specforge_core.contracts.part_context import PartContext
 from specforge_core.contracts.progress import Progress, SilentProgress
@@ -47,6 +50,7 @@ from specforge_core.contracts.records import (
     sample_id,
 )
 from specforge_core.contracts.ref_channel import ChannelCapabilities, InFlight, RefChannel, RefReader, RefWriter
+from specforge_core.contracts.signing import access_proof, check_signature, sign
 from specforge_core.contracts.stop import StopSignal
 from specforge_core.contracts.strategy import LossTerm, StepContext, StepOutput, Strategy
 from specforge_core.contracts.target_engine import (
@@ -69,8 +73,10 @@ __all__ = [
     "LAST_HIDDEN_STATES",
     "LM_HEAD",
     "LOSS_MASK",
+    "AccessDenied",
     "Batch",
     "BenchError",
+    "CaptureBatch",
     "CaptureRequest",
     "ChannelCapabilities",
     "ChannelError",
@@ -90,9 +96,12 @@ __all__ = [
     "FeatureStore",
     "FrozenSource",
     "InFlight",
+    "Lease",
+    "LeaseDesk",
     "LossTerm",
     "Norm",
     "PartContext",
+    "PeerDied",
     "PlanError",
     "PluginError",
     "Progress",
@@ -106,6 +115,7 @@ __all__ = [
     "SampleRef",
     "SilentProgress",
     "SpecForgeError",
+    "Split",
     "StaleRef",
     "StepContext",
     "StepOutput",
@@ -120,8 +130,11 @@ __all__ = [
     "TargetInfo",
     "TargetStep",
     "Usage",
+    "access_proof",
     "check_metadata_only",
+    "check_signature",
     "sample_id",
+    "sign",
     "simulated_acceptance_length",
     "sum_ratios",
 ]

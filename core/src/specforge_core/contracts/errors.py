@@ -83,12 +83,20 @@ class StoreFull(StoreError):
     """`put` with no room left; nothing was evicted and nothing partial was kept."""
 
 
+class AccessDenied(SpecForgeError, PermissionError):
+    """A shared secret that is missing or wrong: a store that is not ours to attach to, a ref that nobody signed."""
+
+
 class ChannelError(SpecForgeError):
     """A ref channel that cannot do what was asked."""
 
 
 class ChannelFailed(ChannelError):
     """The other half of the run failed; the message is its reason."""
+
+
+class PeerDied(ChannelFailed):
+    """Every process of the other half ended without a word. Another may take its place, so this may be waited out."""
 
 
 class DeadlineExceeded(SpecForgeError):

@@ -11,9 +11,10 @@ from pathlib import Path
 class PartContext:
     """What a store or channel is told about the run it serves.
 
-    :param run_id: the same in every process of one run.
+    :param run_id: the same in every process of one run; a shared service keeps runs apart by it.
     :param directory: where the part keeps what it keeps on disk, unless its section says otherwise.
-    :param token: the shared secret, or None.
+    :param token: the shared secret, or None. A store or a shared service that was first used with one lets nobody in
+        without it (``AccessDenied``). Signing and checking refs is not the parts' affair.
     """
 
     run_id: str

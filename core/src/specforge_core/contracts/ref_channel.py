@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from specforge_core.contracts.leases import LeaseDesk
 from specforge_core.contracts.records import SampleRef
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelCapabilities:
-    """What a channel's refs survive. ``replayable``: a closed channel can be read again from its beginning."""
+    """What a channel's refs survive. ``replayable``: refs that no reader acked can be read again by a later reader."""
 
     cross_process: bool = False
     cross_host: bool = False
@@ -35,6 +36,8 @@ class RefWriter(ABC):
     def publish(self, refs: Sequence[SampleRef]) -> None:
         """Make refs visible to the reader, in order, durably where the channel is durable.
 
+        A reader that died is no error here: what was captured is worth keeping for the one that takes its place.
+
         :raises TypeError: a ref holds anything but metadata.
         :raises ChannelFailed: the reading side failed; the message is its reason.
         :raises ChannelError: the writer was closed.
@@ -42,16 +45,17 @@ class RefWriter(ABC):
 
     @abstractmethod
     def in_flight(self) -> InFlight:
-        """What this channel's writers published and the reader has not acked.
+        """What this channel's writers published and no reader has acked.
 
         :raises ChannelFailed: the reading side failed; the message is its reason.
+        :raises PeerDied: there was a reader, and none lives.
         """
 
     @abstractmethod
     def published(self) -> Sequence[SampleRef]:
-        """Everything published under this writer's name so far, earlier sessions included, in order.
+        """What every writer of this channel published and no reader acked, each writer's in order.
 
-        What an interrupted capture goes on after.
+        What an interrupted capture need not capture again.
         """
 
     @abstractmethod
@@ -72,7 +76,8 @@ class RefReader(ABC):
 
         An empty list means that nothing came in time or that the channel is drained.
 
-        :raises ChannelFailed: a writer failed or died; the message is its reason.
+        :raises ChannelFailed: a writer failed since this reader was opened; the message is its reason.
+        :raises PeerDied: nothing is there to deliver, some writer ended without closing, and no writer lives.
         """
 
     @property
@@ -102,4 +107,15 @@ class RefChannel(ABC):
 
     @abstractmethod
     def reader(self) -> RefReader:
-        """The reader, from the beginning where the channel is replayable."""
+        """The reader: of everything that no earlier reader acked where the channel is replayable."""
+
+    @abstractmethod
+    def leases(self) -> LeaseDesk:
+        """The channel's desk, the same for everybody who opens it."""
+
+    @abstractmethod
+    def seal(self) -> None:
+        """Everything is published, whoever was to publish it: closes every writer that ended without closing.
+
+        Writers that live are left to close themselves.
+        """

@@ -69,6 +69,8 @@ class FeatureStoreSpec:
     :param factory: ``"module:Class"``; called with the section and a PartContext.
     :param example: settings with which ``specforge plugins check`` runs the contract suite; None where it cannot (it
         would need a server, say).
+    :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped; what
+        ``specforge services NAME`` calls. Empty: the part needs none.
     """
 
     name: str
@@ -77,6 +79,7 @@ class FeatureStoreSpec:
     capabilities: StoreCapabilities
     summary: str = ""
     example: Mapping[str, object] | None = field(default_factory=dict)
+    service: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +89,8 @@ class RefChannelSpec:
     :param factory: ``"module:Class"``; called with the section and a PartContext.
     :param example: settings with which ``specforge plugins check`` runs the contract suite; None where it cannot (it
         would need a server, say).
+    :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped; what
+        ``specforge services NAME`` calls. Empty: the part needs none.
     """
 
     name: str
@@ -94,6 +99,7 @@ class RefChannelSpec:
     capabilities: ChannelCapabilities
     summary: str = ""
     example: Mapping[str, object] | None = field(default_factory=dict)
+    service: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

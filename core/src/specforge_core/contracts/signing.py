@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared secret: refs signed with it, and the proof that a store was made with it.
+
+A ref says which bytes to train on, so whoever can write into a channel could train a draft on anything. With a token,
+a ref is trusted only where its HMAC-SHA256 (RFC 2104) over every field and the run's id is right: one that was forged,
+altered, or published in another run is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+from dataclasses import replace
+
+from specforge_core.contracts.errors import AccessDenied
+from specforge_core.contracts.records import SampleRef
+
+_SIGNATURE_BYTES = 16
+"""Half of the digest, as RFC 2104 allows: 128 bits, 22 characters in every ref."""
+
+
+def sign(ref: SampleRef, *, token: str | None, run_id: str) -> SampleRef:
+    """The ref with its signature; as it is where there is no token."""
+    return ref if token is None else replace(ref, signature=_signature(ref, token, run_id))
+
+
+def check_signature(ref: SampleRef, *, token: str | None, run_id: str) -> None:
+    """:raises AccessDenied: a token is configured and the ref was not signed with it for this run."""
+    if token is None:
+        return
+    if not hmac.compare_digest(ref.signature.encode(), _signature(ref, token, run_id).encode()):
+        fault = "is not signed" if not ref.signature else "has a signature that this run's token did not make"
+        raise AccessDenied(
+            f"the ref {fault}: it was forged, altered, or published by another run",
+            where=f"sample {ref.sample_id}",
+            hint="give every capture process the same token and run.id as the train role, and nobody else",
+        )
+
+
+def access_proof(token: str, *, purpose: str) -> str:
+    """What a store keeps so that whoever attaches can be asked for the token without the token being stored.
+
+    :param purpose: what is guarded (a store's directory or namespace), so that a proof is of no use elsewhere.
+    """
+    return hmac.new(token.encode(), f"specforge access:{purpose}".encode(), hashlib.sha256).hexdigest()
+
+
+def _signature(ref: SampleRef, token: str, run_id: str) -> str:
+    features = [[spec.name, list(spec.shape), spec.dtype, spec.norm] for spec in ref.features]
+    fields = [run_id, ref.sample_id, ref.generation, ref.store, features, ref.num_tokens, ref.prompt_id, ref.epoch]
+    digest = hmac.new(token.encode(), json.dumps(fields).encode(), hashlib.sha256).digest()
+    return base64.urlsafe_b64encode(digest[:_SIGNATURE_BYTES]).rstrip(b"=").decode()
