@@ -50,11 +50,12 @@ SECTIONS: list[tuple[str, list[tuple[str, str]]]] = [
     ("Errors", [("contracts/errors.py", "*summaries")]),
 ]
 SUITES = {
-    "StrategySuite": "testing/strategy_suite.py",
-    "TargetEngineSuite": "testing/target_engine_suite.py",
-    "FeatureStoreSuite": "testing/feature_store_suite.py",
-    "RefChannelSuite": "testing/ref_channel_suite.py",
+    "StrategySuite": ("testing/strategy_suite.py",),
+    "TargetEngineSuite": ("testing/target_engine_suite.py",),
+    "FeatureStoreSuite": ("testing/feature_store_suite.py", "testing/store_attaching_suite.py"),
+    "RefChannelSuite": ("testing/ref_channel_suite.py",),
 }
+"""The modules that hold each suite's tests; the first is the one to subclass from, and shows how."""
 
 Definition = ast.ClassDef | ast.FunctionDef
 
@@ -68,7 +69,7 @@ def render() -> str:
         for place, what in sources:
             parts += [_render(node, what) for node in _definitions(place, what)]
     parts.append("\n## Contract suites\n")
-    parts += [_render_suite(name, place) for name, place in SUITES.items()]
+    parts += [_render_suite(name, places) for name, places in SUITES.items()]
     return "\n".join(parts)
 
 
@@ -137,20 +138,21 @@ def _prose(docstring: str) -> str:
     return text.replace("``", "`")
 
 
-def _render_suite(name: str, place: str) -> str:
-    module = _parse(place)
-    [suite] = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
+def _render_suite(name: str, places: tuple[str, ...]) -> str:
+    module = _parse(places[0])
     example = inspect.cleandoc(ast.get_docstring(module) or "").partition("::\n\n")[2].split("\n\n")
     code = []
     for block in example:
         if not block.startswith("    "):
             break
         code.append(inspect.cleandoc("\n" + block) if not code else re.sub(r"^    ", "", block, flags=re.MULTILINE))
-    quick = _thorough(suite)
-    tests = [node.name for node in suite.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    suites = [node for place in places for node in _parse(place).body if isinstance(node, ast.ClassDef)]
+    thorough = {test for suite in suites for test in _thorough(suite)}
+    parts = [part for suite in suites for part in suite.body if isinstance(part, ast.FunctionDef)]
     listed = "\n".join(
-        f"* {test.removeprefix('test_').replace('_', ' ')}{' (not in `plugins check`)' if test in quick else ''}"
-        for test in tests
+        f"* {test.removeprefix('test_').replace('_', ' ')}{' (not in `plugins check`)' if test in thorough else ''}"
+        for test in (part.name for part in parts)
+        if test.startswith("test_")
     )
     return f"### `{name}`\n\n```python\n{(chr(10) * 2).join(code)}\n```\n\n{listed}\n"
 

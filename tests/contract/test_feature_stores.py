@@ -18,8 +18,8 @@ from specforge_core.testing.feature_store_suite import FeatureStoreSuite
 torch.set_num_threads(1)
 
 
-def context(directory: Path) -> PartContext:
-    return PartContext(run_id="run", directory=directory)
+def context(directory: Path, token: str | None = None) -> PartContext:
+    return PartContext(run_id="run", directory=directory, token=token)
 
 
 def sample_file(directory: Path, ref: SampleRef) -> Path:
@@ -28,13 +28,15 @@ def sample_file(directory: Path, ref: SampleRef) -> Path:
 
 
 class TestMemoryStore(FeatureStoreSuite):
-    def make_store(self, directory: Path, capacity_bytes: int | None = None) -> MemoryStore:
-        return MemoryStore(MemoryStoreConfig(name="memory", capacity_bytes=capacity_bytes), context(directory))
+    cross_process = False
+
+    def make_store(self, directory: Path, capacity_bytes: int | None = None, token: str | None = None) -> MemoryStore:
+        return MemoryStore(MemoryStoreConfig(name="memory", capacity_bytes=capacity_bytes), context(directory, token))
 
 
 class TestFileStore(FeatureStoreSuite):
-    def make_store(self, directory: Path, capacity_bytes: int | None = None) -> FileStore:
-        return FileStore(FileStoreConfig(name="file", capacity_bytes=capacity_bytes), context(directory))
+    def make_store(self, directory: Path, capacity_bytes: int | None = None, token: str | None = None) -> FileStore:
+        return FileStore(FileStoreConfig(name="file", capacity_bytes=capacity_bytes), context(directory, token))
 
     def corrupt(self, directory: Path, ref: SampleRef, keep_bytes: int) -> None:
         path = sample_file(directory, ref)
@@ -137,6 +139,28 @@ class Undying(MemoryStore):
         pass
 
 
+class Unguarded(FileStore):
+    """Lets everybody in."""
+
+    def __init__(self, config: FileStoreConfig, context: PartContext) -> None:
+        super().__init__(config, dataclasses.replace(context, token=None))
+
+
+class Sealed(FileStore):
+    """Lets nobody in, whatever they know."""
+
+    def __init__(self, config: FileStoreConfig, context: PartContext) -> None:
+        changed = None if context.token is None else f"{context.token}{id(self)}"
+        super().__init__(config, dataclasses.replace(context, token=changed))
+
+
+class Own(FileStore):
+    """Each process by itself."""
+
+    def __init__(self, config: FileStoreConfig, context: PartContext) -> None:
+        super().__init__(config, dataclasses.replace(context, directory=context.directory / str(id(self))))
+
+
 class Padding(FileStore):
     """Gives zeros for torn files instead of refusing them."""
 
@@ -167,15 +191,36 @@ CONTROLS = [
 @pytest.mark.parametrize(("broken", "by"), CONTROLS, ids=lambda value: getattr(value, "__name__", ""))
 def test_broken_stores_are_rejected(broken: type[MemoryStore], by: str) -> None:
     class BrokenSuite(FeatureStoreSuite):
-        def make_store(self, directory: Path, capacity_bytes: int | None = None) -> MemoryStore:
-            return broken(MemoryStoreConfig(name="memory", capacity_bytes=capacity_bytes), context(directory))
+        cross_process = False
+
+        def make_store(
+            self, directory: Path, capacity_bytes: int | None = None, token: str | None = None
+        ) -> MemoryStore:
+            return broken(MemoryStoreConfig(name="memory", capacity_bytes=capacity_bytes), context(directory, token))
+
+    assert_rejected(BrokenSuite, by=by)
+
+
+@pytest.mark.parametrize(
+    ("broken", "by"),
+    [
+        (Unguarded, "test_who_does_not_know_the_token_is_refused"),
+        (Unguarded, "test_an_emptied_store_still_asks_for_its_token"),
+        (Sealed, "test_who_knows_the_token_attaches"),
+        (Own, "test_who_attaches_reads_what_another_put"),
+    ],
+)
+def test_stores_that_share_or_guard_wrongly_are_rejected(broken: type[FileStore], by: str) -> None:
+    class BrokenSuite(FeatureStoreSuite):
+        def make_store(self, directory: Path, capacity_bytes: int | None = None, token: str | None = None) -> FileStore:
+            return broken(FileStoreConfig(name="file", capacity_bytes=capacity_bytes), context(directory, token))
 
     assert_rejected(BrokenSuite, by=by)
 
 
 def test_a_store_that_pads_torn_files_is_rejected() -> None:
     class BrokenSuite(TestFileStore):
-        def make_store(self, directory: Path, capacity_bytes: int | None = None) -> FileStore:
-            return Padding(FileStoreConfig(name="file", capacity_bytes=capacity_bytes), context(directory))
+        def make_store(self, directory: Path, capacity_bytes: int | None = None, token: str | None = None) -> FileStore:
+            return Padding(FileStoreConfig(name="file", capacity_bytes=capacity_bytes), context(directory, token))
 
     assert_rejected(BrokenSuite, by="test_torn_bytes_are_corrupt")

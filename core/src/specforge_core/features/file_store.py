@@ -36,6 +36,7 @@ from specforge_core.contracts import (
 from specforge_core.features.file_lock import is_locked, lock_file, sync_directory
 from specforge_core.features.identity import describe_sample, file_name_problem
 from specforge_core.features.sample_file import check_length, encode_sample, read_features, read_header, write_all
+from specforge_core.features.store_access import claim_or_attach
 
 if TYPE_CHECKING:
     from specforge_core.hooks.builtin import FileStoreConfig
@@ -72,6 +73,8 @@ class FileStore(FeatureStore):
         self._writing = 0
         self._remove_abandoned()
         self._samples, self._nbytes = self._count()
+        with _reporting(self._directory, "opened"):
+            claim_or_attach(self._directory, token=context.token, holds_samples=self._samples > 0)
 
     def put(self, sample_id: str, sample: Sample) -> SampleRef:
         self._refuse_closed()

@@ -2,17 +2,18 @@
 """What every feature store must do. Subclass, provide ``make_store``, and pytest runs the contract::
 
     class TestMyStore(FeatureStoreSuite):
-        def make_store(self, directory, capacity_bytes=None):
-            return MyStore(MyStoreConfig(name="mine", capacity_bytes=capacity_bytes), context(directory))
+        def make_store(self, directory, capacity_bytes=None, token=None):
+            context = PartContext(run_id="test", directory=directory, token=token)
+            return MyStore(MyStoreConfig(name="mine", capacity_bytes=capacity_bytes), context)
 
-Stores whose bytes can be reached from outside also provide ``corrupt``.
+Stores whose bytes can be reached from outside also provide ``corrupt``; those that only the process that made them
+can reach say ``cross_process = False``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from abc import abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,24 +35,17 @@ from specforge_core.contracts import (
     StoreFull,
     check_metadata_only,
 )
-from specforge_core.testing.conformance import ContractSuite
 from specforge_core.testing.samples import assert_same, fill, fill_up, make_sample
+from specforge_core.testing.store_attaching_suite import StoreAttachingSuite
 
 JOIN_SECONDS = 60.0
 _UNUSUAL_IDS = ["", "..", "../outside", "/outside", "a/b", ".hidden", "nul\0byte", "line\nbreak", "x" * 300, "\ud800"]
 
 
-class FeatureStoreSuite(ContractSuite):
+class FeatureStoreSuite(StoreAttachingSuite):
     """The contract of :class:`specforge_core.contracts.FeatureStore`."""
 
     thorough = frozenset({"test_threads_put_get_and_delete_at_once", "test_readers_never_see_a_mixture"})
-
-    @abstractmethod
-    def make_store(self, directory: Path, capacity_bytes: int | None = None) -> FeatureStore:
-        """A new store in an empty directory; one that cannot be limited ignores ``capacity_bytes``."""
-
-    limits_capacity = True
-    """False for a store whose capacity cannot be set: it is not asked to be full."""
 
     def corrupt(self, directory: Path, ref: SampleRef, keep_bytes: int) -> None:
         """Cut what is stored for ``ref`` to ``keep_bytes``. Without it, torn reads are not tested."""

@@ -42,8 +42,8 @@ def suite_of(offered: PartSpec) -> type[ContractSuite] | None:
             return _channel_suite(offered, settings)
 
 
-def _context(directory: Path) -> PartContext:
-    return PartContext(run_id="check", directory=directory)
+def _context(directory: Path, token: str | None = None) -> PartContext:
+    return PartContext(run_id="check", directory=directory, token=token)
 
 
 def _strategy_suite(offered: StrategySpec) -> type[ContractSuite]:
@@ -72,11 +72,14 @@ def _engine_suite(offered: TargetEngineSpec, settings: dict[str, Any]) -> type[C
 def _store_suite(offered: FeatureStoreSpec, settings: dict[str, Any]) -> type[ContractSuite]:
     class InstalledStore(FeatureStoreSuite):
         limits_capacity = "capacity_bytes" in offered.config.model_fields
+        cross_process = offered.capabilities.cross_process
 
-        def make_store(self, directory: Path, capacity_bytes: int | None = None) -> FeatureStore:
+        def make_store(
+            self, directory: Path, capacity_bytes: int | None = None, token: str | None = None
+        ) -> FeatureStore:
             limit = {} if capacity_bytes is None else {"capacity_bytes": capacity_bytes}
             section = offered.config.model_validate({**settings, **limit})
-            store: FeatureStore = resolve(offered.factory)(section, _context(directory))
+            store: FeatureStore = resolve(offered.factory)(section, _context(directory, token))
             return store
 
     return InstalledStore

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may attach to a directory of features: whoever knows the token with which it was first used.
+
+The directory keeps a nonce and an HMAC of it, never the token. This keeps the unprepared and the misconfigured out;
+it does not replace file permissions: who can write into the directory can remove the proof.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from pathlib import Path
+
+from specforge_core.contracts import AccessDenied, access_proof
+from specforge_core.features.file_lock import sync_directory
+
+MARKER = ".access"
+
+
+def claim_or_attach(directory: Path, *, token: str | None, holds_samples: bool) -> None:
+    """Attach to ``directory``; the first to come with a token, before there are samples, claims it for the token.
+
+    :param holds_samples: whether features are there already, which nobody can claim afterwards.
+    :raises AccessDenied: the token is missing or another one, or what is there was put without any.
+    :raises OSError: the directory cannot be read, or not be written by who claims it.
+    """
+    kept = _read(directory)
+    if kept is None and token is None:
+        return
+    if kept is None and token is not None:
+        if holds_samples:
+            raise AccessDenied(
+                "the features there were put without a token, so there is no telling by whom",
+                where=str(directory),
+                hint="go on without SPECFORGE_TOKEN, or remove the feature directory and capture again",
+            )
+        kept = _claim(directory, token)
+    nonce, _, proof = (kept or "").partition(":")
+    if token is None:
+        raise AccessDenied(
+            "these features are guarded by a token, and none was given", where=str(directory), hint=_SAME_TOKEN
+        )
+    if not hmac.compare_digest(proof.encode(), access_proof(token, purpose=_purpose(nonce)).encode()):
+        raise AccessDenied("these features are guarded by another token", where=str(directory), hint=_SAME_TOKEN)
+
+
+def _read(directory: Path) -> str | None:
+    try:
+        return (directory / MARKER).read_text(encoding="ascii", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _claim(directory: Path, token: str) -> str | None:
+    """Keep the proof of ``token``, unless another process was quicker; what is kept then."""
+    directory.mkdir(parents=True, exist_ok=True)
+    nonce = os.urandom(16).hex()
+    aside = directory / f"{MARKER}.{nonce}"
+    try:
+        with aside.open("x", encoding="ascii") as file:
+            file.write(f"{nonce}:{access_proof(token, purpose=_purpose(nonce))}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, directory / MARKER)  # of several at once one succeeds, and its content is whole
+        sync_directory(directory)
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink(missing_ok=True)
+    return _read(directory)
+
+
+def _purpose(nonce: str) -> str:
+    return f"file store {nonce}"
+
+
+_SAME_TOKEN = "give every process of the run the same SPECFORGE_TOKEN, or token file"
