@@ -293,7 +293,7 @@ def _refusal(error: sqlite3.DatabaseError, path: Path) -> SpecForgeError:
 
 def _damaged(path: Path, fault: str) -> ConfigError:
     return ConfigError(
-        f"the ledger is damaged: {fault}",
+        f"the ledger is damaged: {' '.join(fault.split())}",
         where=str(path),
         hint=f"move {path.name}* away and start again: a resumed run captures again what it does not know of",
     )
