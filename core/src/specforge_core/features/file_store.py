@@ -28,6 +28,7 @@ from specforge_core.contracts import (
     PartContext,
     Sample,
     SampleRef,
+    SpecForgeError,
     StaleRef,
     StoreError,
     StoreFull,
@@ -267,6 +268,8 @@ def _reporting(path: Path, done: str) -> Iterator[None]:
     """Turn what the file system refuses into a message the user can act on."""
     try:
         yield
+    except SpecForgeError:  # AccessDenied is a PermissionError, and says more than one
+        raise
     except OSError as error:
         if error.errno in _NO_ROOM:
             hint = "free space there; nothing partial was kept"
