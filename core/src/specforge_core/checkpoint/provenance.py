@@ -10,6 +10,8 @@ MAY_DIFFER = (
     "machine",  # host, processor, versions of Python and torch: results may differ in rounding
     "ranks",
     "config.run.directory",
+    "config.run.id",
+    "config.run.token_file",
     "config.data.eval",
     "config.data.features",
     "config.store",

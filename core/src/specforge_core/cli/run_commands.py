@@ -11,8 +11,8 @@ import typer
 from specforge_core.cli.session import OVERRIDES_HELP, RUN_HELP, messages, open_run
 
 if TYPE_CHECKING:
+    from specforge_core.contracts import Split
     from specforge_core.run.assemble import Run
-    from specforge_core.run.directory import Split
     from specforge_core.training.observers import Outcome
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN_HELP, show_default=False)]

@@ -39,7 +39,6 @@ class Composition:
 def find_mismatches(parts: Composition) -> list[str]:
     """Everything that does not fit together, in the order of the run file's sections."""
     checks = (
-        _check_topology,
         _check_paths,
         _check_target,
         _check_capture,
@@ -48,14 +47,6 @@ def find_mismatches(parts: Composition) -> list[str]:
         _check_training,
     )
     return [mismatch for check in checks for mismatch in check(parts)]
-
-
-def _check_topology(parts: Composition) -> Iterator[str]:
-    if parts.loaded.config.topology == "disaggregated":
-        yield (
-            f"{parts.at('topology')}: disaggregated runs compose but cannot be started yet: a half that dies could not "
-            "be resumed exactly; say topology: offline, and capture and train on machines that share run.directory"
-        )
 
 
 def _check_paths(parts: Composition) -> Iterator[str]:
@@ -136,18 +127,26 @@ def _check_wires(parts: Composition) -> Iterator[str]:
 
 def _check_watermarks(parts: Composition) -> Iterator[str]:
     config = parts.loaded.config
-    limit = config.capture.high_watermark_bytes
-    if limit is None or config.topology == "offline" or parts.request is None or parts.info is None:
+    capture, window = config.capture, config.training.global_batch_size
+    if config.topology == "offline":
         return
-    if parts.request.dtype not in DTYPE_BYTES:
+    low = capture.low_watermark_windows * window
+    if capture.high_watermark_windows * window < low + capture.batch_size:
+        yield (
+            f"{parts.at('capture', 'high_watermark_windows')}: {capture.high_watermark_windows} windows of {window} "
+            f"hold less than the low watermark's {low} samples and a capture batch of {capture.batch_size}; raise it or "
+            "lower capture.batch_size"
+        )
+    limit = capture.high_watermark_bytes
+    if limit is None or parts.request is None or parts.info is None or parts.request.dtype not in DTYPE_BYTES:
         return
     sample = sum(spec.nbytes for spec in parts.request.specs(config.data.max_length, parts.info.hidden_size))
-    least = 2 * sample * config.training.global_batch_size
+    least = sample * (2 * window + capture.batch_size)
     if limit < least:
         yield (
-            f"{parts.at('capture', 'high_watermark_bytes')}: {limit} bytes hold less than two windows of "
-            f"{config.data.max_length}-token samples ({least} bytes); raise it to that, or lower data.max_length or "
-            "training.global_batch_size"
+            f"{parts.at('capture', 'high_watermark_bytes')}: {limit} bytes hold less than two windows and a capture "
+            f"batch of {config.data.max_length}-token samples ({least} bytes); raise it to that, or lower "
+            "data.max_length, training.global_batch_size or capture.batch_size"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from specforge_core.config.checks import Composition, find_mismatches
 from specforge_core.config.load import LoadedConfig
@@ -62,6 +62,19 @@ class Plan:
         return self.config.topology == "offline"
 
     @property
+    def run_id(self) -> str:
+        """What the run's processes call it: ``run.id``, or the last part of ``run.directory``."""
+        return self.config.run.id or self.config.run.directory.resolve().name
+
+    @property
+    def retain(self) -> Literal["never", "window", "checkpoint"]:
+        """When the loader frees features: never offline; else as ``loading.retain`` says."""
+        if self.feature_reuse:
+            return "never"
+        outlives = self.feature_store.capabilities.cross_process
+        return self.config.loading.retain or ("checkpoint" if outlives else "window")
+
+    @property
     def tensors(self) -> tuple[FeatureSpec, ...]:
         """What one sample of ``data.max_length`` tokens consists of."""
         return self.request.specs(self.config.data.max_length, self.info.hidden_size)
@@ -90,9 +103,16 @@ class Plan:
                 f"goes on below {capture.low_watermark_windows}"
             )
         training = self.config.training
+        freeing = {
+            "never": "features are kept",
+            "window": "features are freed with their window",
+            "checkpoint": f"features are freed once a checkpoint (every {self.config.checkpoint.every_steps} steps) "
+            "covers them",
+        }
         return {
             "capture": capturing,
-            "train": f"{needs.train_half}; {training.global_batch_size} samples per window in micro-batches of "
+            "train": f"{needs.train_half}; {freeing[self.retain]}; "
+            f"{training.global_batch_size} samples per window in micro-batches of "
             f"{training.micro_batch_size}, {training.epochs} epoch(s)",
         }
 

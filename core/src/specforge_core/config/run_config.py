@@ -49,11 +49,19 @@ class CaptureSection(Section):
     """How features are captured and how far capture may run ahead of training."""
 
     batch_size: int = Field(8, ge=1, description="prompts per prefill")
+    processes: int = Field(1, ge=1, description="capture processes that `specforge run` of a disaggregated run starts")
+    max_attempts: int = Field(
+        3,
+        ge=1,
+        description="tries to capture a batch before its prompts are tried alone, and set aside where that fails",
+    )
     high_watermark_windows: int = Field(
         4, ge=2, description="online: stop capturing at so many optimizer windows of samples in flight"
     )
     low_watermark_windows: int = Field(2, ge=1, description="online: go on capturing below so many windows in flight")
-    high_watermark_bytes: int | None = Field(None, ge=1, description="online: also stop at so many bytes in flight")
+    high_watermark_bytes: int | None = Field(
+        None, ge=1, description="online: also stop at so many bytes of features, those kept for a checkpoint included"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the capture process; default: torch's choice")
 
     @model_validator(mode="after")
@@ -86,6 +94,11 @@ class LoadingSection(Section):
     prefetch_windows: int = Field(2, ge=1, description="windows read and collated ahead")
     sort_by_length: bool = Field(True, description="inside a window only: less padding, same result")
     deadline_seconds: float = Field(600.0, gt=0, description="longest wait for a missing sample")
+    retain: Literal["checkpoint", "window"] | None = Field(
+        None,
+        description="online: keep trained features until a checkpoint covers them, or free them with their window and "
+        "capture them again after a crash; default: checkpoint where the store outlives the train process",
+    )
 
 
 class CheckpointSection(Section):

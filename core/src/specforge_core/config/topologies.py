@@ -34,7 +34,7 @@ TOPOLOGIES: Mapping[Topology, TopologyNeeds] = {
         default_store="memory",
         default_channel="memory",
         capture_half="a thread captures ahead of training, as far as the watermarks allow",
-        train_half="a thread of the same process trains each sample once and frees it",
+        train_half="a thread of the same process trains each sample once",
     ),
     "disaggregated": TopologyNeeds(
         default_store="file",
@@ -42,6 +42,6 @@ TOPOLOGIES: Mapping[Topology, TopologyNeeds] = {
         store=("cross_process",),
         channel=("cross_process",),
         capture_half="processes of their own capture ahead of training, as far as the watermarks allow",
-        train_half="another process trains each sample once and frees it",
+        train_half="another process trains each sample once",
     ),
 }

@@ -47,7 +47,9 @@ from specforge_core.contracts.records import (
     SampleRef,
     TargetInfo,
     check_metadata_only,
+    held_out_sample_id,
     sample_id,
+    skipped_ref,
 )
 from specforge_core.contracts.ref_channel import ChannelCapabilities, InFlight, RefChannel, RefReader, RefWriter
 from specforge_core.contracts.signing import access_proof, check_signature, sign
@@ -133,8 +135,10 @@ __all__ = [
     "access_proof",
     "check_metadata_only",
     "check_signature",
+    "held_out_sample_id",
     "sample_id",
     "sign",
     "simulated_acceptance_length",
+    "skipped_ref",
     "sum_ratios",
 ]

@@ -114,6 +114,11 @@ def sample_id(prompt_id: str, epoch: int) -> str:
     return f"{prompt_id}.e{epoch}"
 
 
+def held_out_sample_id(prompt_id: str) -> str:
+    """The id of a held-out prompt's features; no training sample can have it, also where their prompts share an id."""
+    return f"{prompt_id}.held-out"
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One prompt's captured features, tensors included."""
@@ -150,6 +155,7 @@ class SampleRef:
 
     States of a ref: published → delivered → trained → acked. ``generation`` is bumped by each ``put`` of the same
     sample id; a ref of an earlier generation is stale. ``signature`` is an HMAC where a token is configured, else "".
+    A ref without features stands for a sample that was skipped: a member of its window that weighs nothing.
     """
 
     sample_id: str
@@ -164,6 +170,15 @@ class SampleRef:
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.features)
+
+    @property
+    def skipped(self) -> bool:
+        return not self.features
+
+
+def skipped_ref(sample_id: str, *, prompt_id: str, epoch: int) -> SampleRef:
+    """The ref of a sample that was set aside: nothing of it is in any store."""
+    return SampleRef(sample_id, 0, "", (), 0, prompt_id, epoch)
 
 
 _PLAIN = (str, int, float, bool, type(None))

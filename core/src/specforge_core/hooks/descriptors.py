@@ -69,8 +69,8 @@ class FeatureStoreSpec:
     :param factory: ``"module:Class"``; called with the section and a PartContext.
     :param example: settings with which ``specforge plugins check`` runs the contract suite; None where it cannot (it
         would need a server, say).
-    :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped; what
-        ``specforge services NAME`` calls. Empty: the part needs none.
+    :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped;
+        what ``specforge services NAME`` calls. Empty: the part needs none.
     """
 
     name: str
@@ -89,8 +89,8 @@ class RefChannelSpec:
     :param factory: ``"module:Class"``; called with the section and a PartContext.
     :param example: settings with which ``specforge plugins check`` runs the contract suite; None where it cannot (it
         would need a server, say).
-    :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped; what
-        ``specforge services NAME`` calls. Empty: the part needs none.
+    :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped;
+        what ``specforge services NAME`` calls. Empty: the part needs none.
     """
 
     name: str

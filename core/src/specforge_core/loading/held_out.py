@@ -1,18 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Held-out features as micro-batches for evaluation: read again at each evaluation, never deleted.
+"""Held-out features: how an online run comes by them, and how they become micro-batches for evaluation.
 
-The seed of a sample does not depend on the evaluation, so two evaluations differ by the draft alone.
+They are captured once and kept in files beside the run, whatever the run's own store; evaluation reads them again each
+time. The seed of a sample does not depend on the evaluation, so two evaluations differ by the draft alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from specforge_core.contracts import Batch, FeatureStore, SampleRef, Strategy
+from specforge_core.contracts import (
+    Batch,
+    FeatureGone,
+    FeatureStore,
+    Progress,
+    RefWriter,
+    SampleRef,
+    StaleRef,
+    Strategy,
+    held_out_sample_id,
+)
+from specforge_core.loading.demand import PlannedBatch
 from specforge_core.loading.order import sample_seed
+from specforge_core.loading.planned import only_missing
+from specforge_core.loading.supply import Supply
 from specforge_core.loading.windows import by_length, split
+
+_RECAPTURES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,4 +55,51 @@ class HeldOut:
             yield self.strategy.collate(samples, [sample_seed(self.seed, 0, ref.prompt_id) for ref in refs])
 
     def _mine(self) -> list[SampleRef]:
-        return by_length(self.refs)[self.rank :: self.world_size]
+        captured = [ref for ref in self.refs if not ref.skipped]
+        return by_length(captured)[self.rank :: self.world_size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutCopy:
+    """Has held-out samples captured over the run's wires and keeps copies.
+
+    :param source: the run's store; the samples are freed there as soon as they are copied.
+    :param kept: the files beside the run; ``writer`` has the refs of what they hold.
+    """
+
+    supply: Supply
+    source: FeatureStore
+    kept: FeatureStore
+    writer: RefWriter
+    sign: Callable[[SampleRef], SampleRef]
+    progress: Progress
+
+    def collect(self, prompt_ids: Sequence[str], planned: Iterator[PlannedBatch]) -> None:
+        """Copy every sample that is not kept yet.
+
+        :raises SpecForgeError: what ``Supply.collect`` and the stores raise.
+        """
+        done = {ref.sample_id for ref in self.writer.published()}
+        self.progress.begin("held-out features", len(prompt_ids) - len(done))
+        self.supply.want(only_missing(planned, done))
+        for index, key in enumerate(map(held_out_sample_id, prompt_ids)):
+            if key not in done:
+                self._copy(key, window=-1 - index)  # no window of training has such a number
+                self.progress.advance(1)
+        self.writer.close()
+
+    def _copy(self, key: str, *, window: int) -> None:
+        for attempt in range(_RECAPTURES):
+            self.supply.collect([key], what="the held-out samples", patient=True)
+            [ref] = self.supply.deal(window, [key])
+            try:
+                copied = ref if ref.skipped else self.kept.put(key, self.source.get(ref))
+            except (FeatureGone, StaleRef):
+                if attempt == _RECAPTURES - 1:
+                    raise
+                self.supply.lost([ref], intact=[])
+                continue
+            self.writer.publish([self.sign(copied)])
+            self.supply.trained(window, [ref])
+            self.supply.free([ref])
+            return

@@ -37,13 +37,22 @@ class Prefetcher(Generic[T]):
 
     def submit(self, work: Callable[[], T]) -> None:
         """Queue ``work``."""
+        self._ahead.append(self.run(work))
+
+    def run(self, work: Callable[[], T]) -> Future[T]:
+        """Queue ``work`` whose result the caller keeps track of."""
         future: Future[T] = Future()
-        self._ahead.append(future)
         self._work.put((future, work))
+        return future
 
     def take(self) -> Future[T]:
         """The oldest submitted work: its result or its error, now or later."""
         return self._ahead.popleft()
+
+    def wait(self, seconds: float) -> None:
+        """For work to sleep in. :raises RunStopped: nobody wants the result any more."""
+        self._closed.wait(seconds)
+        self.raise_if_closed()
 
     def raise_if_closed(self) -> None:
         """For long work to call between its parts. :raises RunStopped: nobody wants the result any more."""

@@ -1,27 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collects refs in whatever order capture publishes them and gives them out by sample.
+"""Collects refs in whatever order capture publishes them, records them in the ledger, and gives them out by sample.
 
 Offline features are captured once (epoch 0) and serve every epoch: their refs stay in the book. Online each epoch is
-captured anew and a ref leaves the book when its window takes it.
+captured anew and a ref leaves the book when its window takes it. A sample may then come twice (its capture process was
+taken for dead and was not): a ref of a sample that was trained and freed is surplus, its features are deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from specforge_core.contracts import RefReader, SampleRef, sample_id
+
+if TYPE_CHECKING:
+    from specforge_core.features.ledger import Ledger, LedgerEntry, NoLedger
 
 _POLL_REFS = 4096
 
 
 class RefBook:
-    """Refs that have come and were not taken yet. Used by one thread."""
+    """Refs that have come and were not taken yet. Used by one thread.
 
-    def __init__(self, reader: RefReader, *, reuse: bool) -> None:
+    :param reuse: refs serve every epoch.
+    :param check: raises for a ref that must not be trusted.
+    :param discard: deletes a surplus ref's features.
+    """
+
+    def __init__(
+        self,
+        reader: RefReader,
+        *,
+        ledger: Ledger | NoLedger,
+        reuse: bool,
+        check: Callable[[SampleRef], None],
+        discard: Callable[[SampleRef], None],
+    ) -> None:
         self._reader = reader
+        self._ledger = ledger
         self._reuse = reuse
+        self._check = check
+        self._discard = discard
         self._refs: dict[str, SampleRef] = {}
         self.arrived = 0
+        self.skipped = 0
 
     @property
     def drained(self) -> bool:
@@ -35,18 +57,58 @@ class RefBook:
     def missing(self, keys: Sequence[str]) -> list[str]:
         return [key for key in keys if key not in self._refs]
 
-    def read(self, timeout: float) -> bool:
-        """Take in what the channel has, waiting up to ``timeout`` seconds for the first; False where nothing came."""
+    def restore(self, refs: Iterable[SampleRef]) -> None:
+        """Put in refs that came in an earlier session, or were taken and could not be used."""
+        for ref in refs:
+            self._keep(ref)
+
+    def read(self, timeout: float) -> list[str] | None:
+        """Take in what the channel has, waiting up to ``timeout`` seconds for the first.
+
+        Returns the ids of samples that are in the book now; None where nothing came at all.
+
+        :raises AccessDenied: a ref that nobody with this run's token signed.
+        """
         refs = self._reader.poll(_POLL_REFS, timeout)
         for ref in refs:
-            known = self._refs.get(ref.sample_id)
-            if known is None or known.generation <= ref.generation:
-                self._refs[ref.sample_id] = ref
+            self._check(ref)
+        if not refs:
+            return None
         self.arrived += len(refs)
-        return bool(refs)
+        known = {} if self._reuse else self._ledger.find([ref.sample_id for ref in refs])
+        surplus = [ref for ref in refs if _is_surplus(known.get(ref.sample_id))]
+        if surplus:
+            self._reader.ack([ref.sample_id for ref in surplus], 0)
+            for ref in surplus:
+                self._discard(ref)
+        fresh = [ref for ref in refs if not _is_surplus(known.get(ref.sample_id))]
+        self._ledger.see(fresh)
+        for ref in fresh:
+            self._take_in(ref, known.get(ref.sample_id))
+        return [ref.sample_id for ref in fresh if ref.sample_id in self._refs]
+
+    def _take_in(self, ref: SampleRef, entry: LedgerEntry | None) -> None:
+        if entry is not None and entry.window is not None:
+            if entry.trained:  # its window is acked; what came again must not stay in flight
+                self._reader.ack([ref.sample_id], 0)
+                return
+            if entry.ref.generation >= ref.generation:
+                return  # delivered again: it is in its window's hands
+        self._keep(ref)
+
+    def _keep(self, ref: SampleRef) -> None:
+        known = self._refs.get(ref.sample_id)
+        if known is None or known.generation <= ref.generation:
+            self._refs[ref.sample_id] = ref
+            self.skipped += known is None and ref.skipped
 
     def take(self, keys: Sequence[str]) -> list[SampleRef]:
         """The refs of ``keys``, all of which have come."""
         if self._reuse:
             return [self._refs[key] for key in keys]
         return [self._refs.pop(key) for key in keys]
+
+
+def _is_surplus(entry: LedgerEntry | None) -> bool:
+    """Trained (or copied) and freed, and not rewound: nobody will want these features again."""
+    return entry is not None and entry.freed and entry.window is not None

@@ -99,6 +99,10 @@ class PromptSet(Sequence[Prompt]):
         start = int(self._id_ends[index - 1]) + 1 if index else 0
         return self._ids[start : int(self._id_ends[index])].decode()
 
+    def num_tokens_of(self, index: int) -> int:
+        """The length of prompt ``index``, without reading its tokens."""
+        return int(self._offsets[index + 1] - self._offsets[index])
+
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token id stands at a trained position: int64 [V].
 

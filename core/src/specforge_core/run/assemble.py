@@ -7,48 +7,48 @@ loads no target model, capturing constructs no draft.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from specforge_core.capture.backpressure import Watermarks
 from specforge_core.capture.loop import CaptureLimits, CaptureLoop, CaptureParts
 from specforge_core.checkpoint.resume import CheckpointReader
 from specforge_core.checkpoint.writer import CheckpointWriter
 from specforge_core.config.plan import Plan
 from specforge_core.contracts import (
-    FeatureStore,
     FrozenSource,
-    PartContext,
+    LeaseDesk,
     Progress,
-    RefChannel,
+    RefReader,
     RefWriter,
+    Split,
     StopSignal,
     Strategy,
     TargetEngine,
 )
-from specforge_core.features.file_channel import FileChannel
-from specforge_core.features.file_store import FileStore
-from specforge_core.hooks.builtin import FileChannelConfig, FileStoreConfig
+from specforge_core.features.ledger import Ledger, NoLedger
 from specforge_core.hooks.descriptors import resolve
-from specforge_core.loading.held_out import HeldOut
+from specforge_core.loading.backpressure import Watermarks
+from specforge_core.loading.demand import Demand, NothingWanted
+from specforge_core.loading.held_out import HeldOut, HeldOutCopy
 from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
+from specforge_core.loading.supply import Supply, SupplyParts
 from specforge_core.loading.windows import WindowPlan
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet
-from specforge_core.run.directory import RunDirectory, Split
-from specforge_core.run.feature_manifest import check_features, describe_features
+from specforge_core.run.batches import RunBatches
+from specforge_core.run.directory import RunDirectory
+from specforge_core.run.feature_manifest import check_features, describe_features, record_features
 from specforge_core.run.frozen_source import RunFrozenSource
 from specforge_core.run.observing import RunRecord
 from specforge_core.run.provenance import describe_run
 from specforge_core.run.ranks import join_ranks
 from specforge_core.run.sealed_refs import read_all
+from specforge_core.run.wires import RunWires
 from specforge_core.training.evaluator import Evaluator
 from specforge_core.training.metrics_log import MetricsLog
 from specforge_core.training.observers import Observer, Observers
@@ -57,14 +57,6 @@ from specforge_core.training.parallelism import Parallelism
 from specforge_core.training.schedule import Schedule
 from specforge_core.training.trainer import Trainer, TrainerParts
 from specforge_core.training.window_step import WindowStep
-
-
-@dataclass(frozen=True, slots=True)
-class Wires:
-    """What joins the two halves: where tensors and where metadata go."""
-
-    store: FeatureStore
-    channel: RefChannel
 
 
 class Run:
@@ -88,8 +80,8 @@ class Run:
         self.directory = RunDirectory.of(plan.config)
         self._observers = observers
         self._prompts: dict[Split, PromptSet] = {}
-        self._wires: dict[Split, Wires] = {}
-        self._constructing = threading.Lock()
+        self.wires = RunWires(plan, self.directory)
+        self.batches = RunBatches(plan, prompts=self.prompts, order=lambda: self.order)
 
     @cached_property
     def parallelism(self) -> Parallelism:
@@ -151,42 +143,22 @@ class Run:
         """What this run's features of a split are features of."""
         return describe_features(self.plan.info, self.plan.request, prompts=self.prompts(split).fingerprint)
 
-    def wires(self, split: Split) -> Wires:
-        """The run's store and channel for training; files for held-out features, which are captured once and kept.
-
-        Both halves get the same ones, also when two threads ask at once: a channel of each half's own would leave
-        the reader waiting for what the other channel holds.
-        """
-        with self._constructing:
-            if split not in self._wires:
-                self._wires[split] = self._open_wires(split)
-            return self._wires[split]
-
-    def _open_wires(self, split: Split) -> Wires:
-        context = PartContext(run_id=str(self.directory.root.resolve()), directory=self.directory.split(split))
-        if split == "eval":
-            files = FileStoreConfig(name="file"), FileChannelConfig(name="file")
-            return Wires(FileStore(files[0], context), FileChannel(files[1], context))
-        plan = self.plan
-        store: FeatureStore = resolve(plan.feature_store.factory)(plan.store_section, context)
-        channel: RefChannel = resolve(plan.ref_channel.factory)(plan.channel_section, context)
-        return Wires(store, channel)
-
-    def capture_loop(self, split: Split, writer: RefWriter) -> CaptureLoop:
-        """The capture loop; held back by training only where training frees what is captured."""
-        settings, window = self.plan.config.capture, self.plan.config.training.global_batch_size
-        free_running = split == "eval" or self.plan.feature_reuse
-        watermarks = Watermarks(
-            high_watermark_refs=settings.high_watermark_windows * window,
-            low_watermark_refs=settings.low_watermark_windows * window,
-            high_watermark_bytes=settings.high_watermark_bytes,
-        )
+    def capture_loop(self, split: Split, *, writer: RefWriter, desk: LeaseDesk, name: str) -> CaptureLoop:
+        """The capture loop over the wires of a split. ``name`` is the writer's."""
+        config, wires = self.plan.config, self.wires[split]
         return CaptureLoop(
-            CaptureParts(engine=self.engine, request=self.plan.request, store=self.wires(split).store, writer=writer),
+            CaptureParts(
+                engine=self.engine,
+                request=self.plan.request,
+                store=wires.store,
+                writer=writer,
+                desk=desk,
+                prompts=self.batches.prompts_of,
+                sign=self.wires.sign,
+                holder=name,
+            ),
             limits=CaptureLimits(
-                batch_size=settings.batch_size,
-                watermarks=None if free_running else watermarks,
-                deadline_seconds=self.plan.config.loading.deadline_seconds,
+                max_attempts=config.capture.max_attempts, deadline_seconds=config.loading.deadline_seconds
             ),
             progress=self.progress("capture"),
             stop=self.stop,
@@ -206,10 +178,10 @@ class Run:
         if not config.data.eval:
             return None
         check_features(self.directory.split("eval"), self.manifest("eval"))
-        wires = self.wires("eval")
+        wires = self.wires["eval"]
         return HeldOut(
             store=wires.store,
-            refs=read_all(wires.channel, expected=len(self.prompts("eval"))),
+            refs=read_all(wires.channel, expected=len(self.prompts("eval")), check=self.wires.check),
             strategy=self.strategy,
             micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
             seed=config.run.seed,
@@ -225,18 +197,70 @@ class Run:
             parallelism=self.parallelism,
         )
 
+    @cached_property
+    def reader(self) -> RefReader:
+        return self.wires["train"].channel.reader()
+
+    @cached_property
+    def desk(self) -> LeaseDesk:
+        """Where the train role of an online run says what it wants captured."""
+        return self.wires["train"].channel.leases()
+
+    @cached_property
+    def ledger(self) -> Ledger | NoLedger:
+        if self.parallelism.rank != 0:
+            return NoLedger()
+        return Ledger(self.directory.ledger, run_id=self.plan.run_id)
+
+    @cached_property
+    def supply(self) -> Supply:
+        """The train role's end of the wires."""
+        config, plan = self.plan.config, self.plan
+        window = config.training.global_batch_size
+        watermarks = Watermarks(
+            high_watermark_refs=config.capture.high_watermark_windows * window,
+            low_watermark_refs=config.capture.low_watermark_windows * window,
+            high_watermark_bytes=config.capture.high_watermark_bytes,
+        )
+        return Supply(
+            SupplyParts(
+                reader=self.reader,
+                store=self.wires["train"].store,
+                ledger=self.ledger,
+                demand=NothingWanted() if plan.feature_reuse else Demand(self.desk, watermarks),
+                check=self.wires.check,
+                progress=self.progress("train"),
+                stop=self.stop,
+                reuse_features=plan.feature_reuse,
+                free=plan.retain,
+                deadline_seconds=config.loading.deadline_seconds,
+            )
+        )
+
+    def copy_held_out(self) -> None:
+        """Online: have the held-out prompts captured, once, and keep their features beside the run."""
+        record_features(self.directory.split("eval"), self.manifest("eval"))
+        kept, prompts = self.wires["eval"], self.prompts("eval")
+        HeldOutCopy(
+            supply=self.supply,
+            source=self.wires["train"].store,
+            kept=kept.store,
+            writer=kept.channel.writer("held-out"),
+            sign=self.wires.sign,
+            progress=self.progress("train"),
+        ).collect([prompts.prompt_id(index) for index in range(len(prompts))], self.batches.planned_once("eval"))
+
     def loader(self) -> Loader:
-        config, wires = self.plan.config, self.wires("train")
+        config = self.plan.config
         parts = LoaderParts(
-            reader=wires.channel.reader(),
-            store=wires.store,
+            supply=self.supply,
+            store=self.wires["train"].store,
             strategy=self.strategy,
             prompts=self.prompts("train"),
             order=self.order,
+            planned=lambda start: self.batches.planned(self.window_plan, start),
             progress=self.progress("train"),
             stop=self.stop,
-            reuse_features=self.plan.feature_reuse,
-            free="never" if self.plan.feature_reuse else "window",
         )
         return Loader(parts, plan=self.window_plan, settings=config.loading, seed=config.run.seed)
 
@@ -285,8 +309,10 @@ class Run:
 
     def close(self) -> None:
         """Give back what was opened. Idempotent."""
-        for wires in self._wires.values():
-            wires.store.close()
+        for name in ("desk", "ledger"):
+            if name in self.__dict__:
+                self.__dict__[name].close()
+        self.wires.close()
         if "engine" in self.__dict__:
             self.engine.close()
         if "parallelism" in self.__dict__:

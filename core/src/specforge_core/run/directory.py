@@ -5,8 +5,10 @@
 
     config.yaml           the resolved run file: `specforge train RUN` starts from it
     provenance.json       parts, versions and machine of the run
+    ledger.sqlite         every ref seen and the window it was dealt to
     metrics.jsonl         one line per optimizer step
     evaluations.jsonl     one line per evaluation
+    logs/                 of supervised capture processes
     checkpoints/          to resume from
     features/             unless data.features says otherwise
       train/ eval/        each: prompts/ (token ids), store/ (tensors), refs/ (metadata)
@@ -29,10 +31,9 @@ from typing import IO, Any, Literal
 import yaml
 
 from specforge_core.config.run_config import RunConfig
-from specforge_core.contracts import ConfigError, DataError
+from specforge_core.contracts import ConfigError, DataError, Split
 
-Split = Literal["train", "eval"]
-Role = Literal["capture", "train"]
+Role = Literal["run", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,15 @@ class RunDirectory:
     @property
     def provenance(self) -> Path:
         return self.root / "provenance.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.root / "ledger.sqlite"
+
+    @property
+    def logs(self) -> Path:
+        """What the processes that `specforge run` supervises say."""
+        return self.root / "logs"
 
     @property
     def metrics(self) -> Path:

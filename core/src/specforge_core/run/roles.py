@@ -6,43 +6,38 @@ The halves are the same in every topology. What differs is where they run, and t
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from specforge_core.contracts import ChannelFailed, ConfigError, Prompt, RefWriter, RunStopped
+from specforge_core.capture.loop import CaptureCounts, CaptureLoop
+from specforge_core.contracts import ChannelFailed, ConfigError, LeaseDesk, RefWriter, RunStopped, Split
+from specforge_core.loading.backpressure import Watermarks
+from specforge_core.loading.demand import Demand
 from specforge_core.run.assemble import Run
-from specforge_core.run.directory import Split
 from specforge_core.run.feature_manifest import check_features, record_features
 from specforge_core.run.machine import check_device
-from specforge_core.run.ordered_prompts import OrderedPrompts
+from specforge_core.run.wires import process_name
 from specforge_core.training.observers import Outcome
 
-WRITER = "capture-0"
+FINISHED = "training has finished"
+_NO_LIMIT = Watermarks(high_watermark_refs=sys.maxsize, low_watermark_refs=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """One walk through prompts: which, for which epoch, and how many of them are done already."""
+def capture(run: Run) -> list[CaptureCounts]:
+    """The capture role: works off what is wanted, beside any number of other capture processes.
 
-    prompts: Sequence[Prompt]
-    epoch: int
-    start: int = 0
-
-
-def capture(run: Run) -> None:
-    """The capture role: the held-out prompts once, then the training prompts as the topology wants them.
+    Offline it wants every prompt itself, held-out ones first; online it waits for the train role. Returns what this
+    process did, by split.
 
     :raises SpecForgeError: what went wrong; the train role, where it runs, is told the reason.
     """
     _refuse_half(run)
-    with run.directory.lock("capture"):
-        _capture_once(run, "eval")
-        if run.plan.feature_reuse:
-            _capture_once(run, "train")
-        else:
-            _capture_each_epoch(run)
+    if run.plan.feature_reuse:
+        return [_capture_once(run, split) for split in _splits(run)]
+    return [_capture_what_is_wanted(run)]
 
 
 def train(run: Run) -> Outcome:
@@ -51,29 +46,47 @@ def train(run: Run) -> Outcome:
     return _train(run)
 
 
+def capture_and_train(run: Run) -> Outcome:
+    """Both halves in this process: one after the other where features are captured once, else side by side."""
+    check_device(run.plan.config.training.device)  # before hours of capture
+    with run.directory.lock("run"):
+        if not run.plan.feature_reuse:
+            return _side_by_side(run)
+        capture(run)
+        return train(run)
+
+
 def _train(run: Run) -> Outcome:
     check_device(run.plan.config.training.device)
-    if run.parallelism.world_size > 1 and not run.plan.ref_channel.capabilities.replayable:
+    if run.parallelism.world_size > 1 and not run.plan.feature_reuse:
         raise ConfigError(
-            f"channel {run.plan.ref_channel.name!r} has one reader, so one rank can train from it",
-            where="channel",
+            f"a {run.plan.config.topology} run has one reader, so one rank can train it",
+            where="topology",
             hint="train with several ranks from offline features (topology: offline)",
         )
     with run.directory.lock("train") if run.parallelism.rank == 0 else nullcontext():
         if run.plan.feature_reuse:
             check_features(run.directory.split("train"), run.manifest("train"))
-        return run.trainer().fit()
+            return run.trainer().fit()
+        return _train_online(run)
 
 
-def capture_and_train(run: Run) -> Outcome:
-    """Both halves in this process: one after the other where features are captured once, else side by side."""
-    check_device(run.plan.config.training.device)  # before hours of capture
-    if run.plan.feature_reuse:
-        capture(run)
-        return train(run)
-    with run.directory.lock("capture"):
-        _capture_once(run, "eval")
-        return _side_by_side(run)
+def _train_online(run: Run) -> Outcome:
+    """Train on what is captured meanwhile; capture is told how it ended."""
+    try:
+        if run.plan.config.data.eval:
+            run.copy_held_out()
+        trainer = run.trainer()
+    except RunStopped:
+        run.desk.end(f"training was stopped: {run.stop.reason}")
+        return "stopped"
+    except BaseException as error:
+        run.supply.fail(str(error) or type(error).__name__)
+        raise
+    outcome = trainer.fit()
+    run.desk.end(FINISHED if outcome == "finished" else f"training was stopped: {run.stop.reason}")
+    run.reader.close()
+    return outcome
 
 
 def _refuse_half(run: Run) -> None:
@@ -95,7 +108,7 @@ def _side_by_side(run: Run) -> Outcome:
 
     def capture_half() -> None:
         try:
-            _capture_each_epoch(run)
+            _capture_what_is_wanted(run)
         except RunStopped:
             pass
         except BaseException as error:  # noqa: BLE001 - a thread boundary: raised again by the thread that trains
@@ -103,7 +116,9 @@ def _side_by_side(run: Run) -> Outcome:
             run.stop.request(f"capture failed: {error}")
 
     # constructed here, before there are two threads that could each construct their own
-    _ = run.engine, run.strategy, run.wires("train"), run.order, run.window_plan, run.checkpoint_reader
+    _ = run.engine, run.strategy, run.order, run.window_plan
+    for split in _splits(run):
+        run.prompts(split)
     thread = threading.Thread(target=capture_half, name="capture", daemon=True)
     thread.start()
     try:
@@ -120,35 +135,58 @@ def _side_by_side(run: Run) -> Outcome:
     return outcome
 
 
-def _capture_once(run: Run, split: Split) -> None:
-    """Capture a split for every epoch to come; goes on where an interrupted capture stopped."""
-    if split == "eval" and not run.plan.config.data.eval:
-        return
-    prompts = run.prompts(split)
+def _splits(run: Run) -> tuple[Split, ...]:
+    return ("eval", "train") if run.plan.config.data.eval else ("train",)
+
+
+def _capture_once(run: Run, split: Split) -> CaptureCounts:
+    """Capture a split for every epoch to come; goes on where interrupted captures stopped."""
     record_features(run.directory.split(split), run.manifest(split))
-    writer = run.wires(split).channel.writer(WRITER)
-    done = len(writer.published())
-    _capture(run, split, writer, [_Pass(prompts, epoch=0, start=done)] if done < len(prompts) else [])
+    with _capturing(run, split) as half:
+        done = {ref.sample_id for ref in half.writer.published()}
+        run.progress("capture").begin(f"capturing {split} prompts", len(run.prompts(split)) - len(done))
+        Demand(half.desk, _NO_LIMIT).begin(run.batches.planned_once(split), done)
+        half.loop.run(lambda: bool(half.desk.outstanding()))
+        run.wires[split].channel.seal()
+    return half.loop.counts
 
 
-def _capture_each_epoch(run: Run) -> None:
-    """Capture the training prompts anew for each epoch, in its order, from where the latest checkpoint stands."""
-    first, place = run.window_plan.place(run.checkpoint_reader.latest_step() or 0)
-    passes = [
-        _Pass(OrderedPrompts(run.prompts("train"), run.order.epoch(epoch)), epoch, place.start if epoch == first else 0)
-        for epoch in range(first, run.plan.config.training.epochs)
-    ]
-    _capture(run, "train", run.wires("train").channel.writer(WRITER), passes)
+def _capture_what_is_wanted(run: Run) -> CaptureCounts:
+    """Capture what the train role of an online run offers, until it wants no more."""
+    with _capturing(run, "train") as half:
+        stale = half.desk.ended
+
+        def goes_on() -> bool:
+            nonlocal stale
+            ended = half.desk.ended
+            if ended is None:
+                stale = None
+            return ended is None or ended == stale  # of an earlier session; training is yet to come
+
+        if stale != FINISHED:
+            run.progress("capture").begin("capturing what training wants", None)
+            half.loop.run(goes_on)
+    return half.loop.counts
 
 
-def _capture(run: Run, split: Split, writer: RefWriter, passes: Sequence[_Pass]) -> None:
-    """Drive the capture loop and tell the reader how it ended."""
+@dataclass(frozen=True, slots=True)
+class _CaptureHalf:
+    writer: RefWriter
+    desk: LeaseDesk
+    loop: CaptureLoop
+
+
+@contextmanager
+def _capturing(run: Run, split: Split) -> Iterator[_CaptureHalf]:
+    """The capture loop with its end of a channel; the reader is told how it ended."""
+    channel, name = run.wires[split].channel, process_name()
+    writer = channel.writer(name)
     try:
-        loop = run.capture_loop(split, writer)
-        for part in passes:
-            loop.run(part.prompts, epoch=part.epoch, start=part.start)
+        desk = channel.leases()
+        yield _CaptureHalf(writer, desk, run.capture_loop(split, writer=writer, desk=desk, name=name))
+        desk.close()
     except RunStopped:
-        raise  # neither closed nor failed: what was published is whole, and another capture may go on after it
+        raise  # neither closed nor failed: what was published is whole, and others may go on after it
     except BaseException as error:
         writer.fail(str(error) or type(error).__name__)
         raise

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from specforge_core.contracts import DataError, RefChannel, SampleRef
 
 
-def read_all(channel: RefChannel, *, expected: int) -> list[SampleRef]:
+def read_all(channel: RefChannel, *, expected: int, check: Callable[[SampleRef], None]) -> list[SampleRef]:
     """Every ref of a closed channel.
+
+    :param check: raises for a ref that must not be trusted.
 
     :raises DataError: it holds fewer than ``expected``: capture did not finish.
     """
@@ -15,7 +19,9 @@ def read_all(channel: RefChannel, *, expected: int) -> list[SampleRef]:
     refs: dict[str, SampleRef] = {}
     try:
         while batch := reader.poll(4096, 0.0):
-            refs.update((ref.sample_id, ref) for ref in batch)
+            for ref in batch:
+                check(ref)
+                refs[ref.sample_id] = ref
     finally:
         reader.close()
     if len(refs) < expected:

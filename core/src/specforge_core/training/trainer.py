@@ -33,7 +33,8 @@ class TrainerParts:
     """What the loop drives.
 
     :param held_out: features to evaluate on, or None.
-    :param checkpoint_every_steps: also at the end, and when the run is stopped or fails.
+    :param checkpoint_every_steps: also at the end, when the run is stopped or fails, and when capture has no room left
+        but for what waits for a checkpoint.
     :param evaluate_every_steps: None: with each checkpoint; either way also at the end.
     """
 
@@ -86,7 +87,7 @@ class Trainer:
             self.observers.run_started(self.state.step, self.loader.plan.total_windows)
             outcome = self._train()
         except BaseException as error:  # whatever it is, the capture half must not wait for us
-            self.loader.fail(str(error) or type(error).__name__)
+            self.loader.supply.fail(str(error) or type(error).__name__)
             self._rescue(error)
             raise
         finally:
@@ -119,8 +120,10 @@ class Trainer:
         if self._parallelism.rank != 0:
             return
         self.loader.acknowledge(window)
+        if self.loader.supply.short_of_room:
+            self._checkpoint()
         if self._saved_step == self.state.step:
-            self.loader.free_covered()
+            self.loader.supply.free_covered(self.state.step)
 
     def _windows(self) -> Generator[Window]:
         """The loader's windows, ended on every rank at the same one if any rank is asked to stop."""
@@ -171,7 +174,7 @@ class Trainer:
                 progress={"epoch": self.state.epoch},
                 score=self._score if self._evaluated_step == self.state.step else None,
             )
-            self.loader.free_covered()
+            self.loader.supply.free_covered(self.state.step)
             self.observers.checkpoint_saved(self.state.step, path)
         self._saved_step = self.state.step
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far capture may run ahead of training: a pure state machine. Clock, thread and channel are the loop's.
+"""How far capture may run ahead of training: a pure state machine. Clock, thread and channel are others' affair.
 
-It pauses at a high watermark and goes on below a low one, so that the two halves do not alternate sample by sample.
-Below the low watermark it never pauses, whatever the bytes: that is at least one window, and training needs a whole
-window to free anything.
+It pauses where the next batch would go over a high watermark and goes on below a low one, so that the two halves do not
+alternate sample by sample. The high watermarks are never exceeded. The low one is at least one window, since training
+needs a whole window to free anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from specforge_core.contracts import InFlight
 
 
 class Decision(Enum):
-    """Whether the next batch may be captured now."""
+    """Whether the next batch may be offered for capture now."""
 
     GO = "go"
     PAUSE = "pause"
@@ -23,8 +23,9 @@ class Decision(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watermarks:
-    """In flight: published and not yet acked. ``low_watermark_refs`` is at least one window of samples.
+    """In flight: offered for capture and not yet trained.
 
+    :param high_watermark_bytes: also counts what is trained and kept until a checkpoint covers it; None: no limit.
     :raises ValueError: low is not below high, or not positive.
     """
 
@@ -46,14 +47,20 @@ class Backpressure:
         self._watermarks = watermarks
         self._decision = Decision.GO
 
-    def observe(self, in_flight: InFlight) -> Decision:
-        """What to do now that so much is in flight."""
+    def observe(self, in_flight: InFlight, *, batch: InFlight, kept_bytes: int = 0) -> Decision:
+        """What to do with the next batch now that so much is in flight.
+
+        :param batch: what the next batch would add.
+        :param kept_bytes: of samples that are trained and not yet freed.
+        """
         if in_flight.refs < self._watermarks.low_watermark_refs:
             self._decision = Decision.GO
-        elif in_flight.refs >= self._watermarks.high_watermark_refs or self._too_many_bytes(in_flight.nbytes):
+        too_many = in_flight.refs + batch.refs > self._watermarks.high_watermark_refs
+        if too_many or not self.has_room(in_flight.nbytes + batch.nbytes + kept_bytes):
             self._decision = Decision.PAUSE
         return self._decision
 
-    def _too_many_bytes(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many bytes in all are within the high watermark."""
         limit = self._watermarks.high_watermark_bytes
-        return limit is not None and nbytes >= limit
+        return limit is None or nbytes <= limit

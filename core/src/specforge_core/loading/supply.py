@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train role's end of the wires: asks for samples, waits for their refs, and says what became of them.
+
+Between the loader (which wants windows) and the channel. Every wait ends: with the sample, at the deadline, when the
+channel is drained, or when the run is asked to stop. While it waits it looks now and then whether something it wants
+got lost, and offers that again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from specforge_core.contracts import (
+    ChannelFailed,
+    DataError,
+    DeadlineExceeded,
+    FeatureStore,
+    PeerDied,
+    Progress,
+    RefReader,
+    SampleRef,
+    StopSignal,
+)
+from specforge_core.loading.demand import Demand, PlannedBatch
+from specforge_core.loading.ref_book import RefBook
+
+if TYPE_CHECKING:
+    from specforge_core.features.ledger import Ledger, NoLedger
+
+Free = Literal["never", "window", "checkpoint"]
+
+_TICK_SECONDS = 0.1
+_HEAL_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SupplyParts:
+    """What a supply connects.
+
+    :param free: when features are deleted from the store: ``never``, once their ``window`` is trained, or once a
+        ``checkpoint`` covers them.
+    :param reuse_features: features are captured once and belong to no run: read again each epoch, never acked.
+    :param check: raises for a ref that must not be trusted.
+    :param deadline_seconds: longest wait for a sample.
+    """
+
+    reader: RefReader
+    store: FeatureStore
+    ledger: Ledger | NoLedger
+    demand: Demand
+    check: Callable[[SampleRef], None]
+    progress: Progress
+    stop: StopSignal
+    reuse_features: bool
+    free: Free
+    deadline_seconds: float
+
+
+class Supply:
+    """Refs by sample, asked for, awaited and accounted for. Used by one thread."""
+
+    def __init__(self, parts: SupplyParts) -> None:
+        self._parts = parts
+        self._book = RefBook(
+            parts.reader,
+            ledger=parts.ledger,
+            reuse=parts.reuse_features,
+            check=parts.check,
+            discard=self._delete,
+        )
+
+    @property
+    def reuses(self) -> bool:
+        return self._parts.reuse_features
+
+    @property
+    def skipped(self) -> int:
+        """Samples that capture had to set aside, so far."""
+        return self._book.skipped
+
+    @property
+    def short_of_room(self) -> bool:
+        """A checkpoint now would free what keeps capture from going on."""
+        return self._parts.demand.short_of_room
+
+    def key(self, prompt_id: str, epoch: int) -> str:
+        return self._book.key(prompt_id, epoch)
+
+    def rewind(self, step: int) -> None:
+        """Training stands at ``step`` finished windows: what a checkpoint covers is freed, the rest is wanted again."""
+        if self._parts.reuse_features:
+            self._parts.ledger.rewind(step)
+            return
+        self._parts.ledger.rewind(step)
+        self.free_covered(step)
+
+    def want(self, planned: Iterator[PlannedBatch]) -> None:
+        """Have these batches captured, but for samples whose features are still here from an earlier session."""
+        available = [] if self._parts.reuse_features else self._parts.ledger.available()
+        self._book.restore(available)
+        self._parts.demand.begin(planned, {ref.sample_id for ref in available})
+
+    def collect(self, keys: Sequence[str], *, what: str, patient: bool) -> bool:
+        """Read refs until all of ``keys`` have come; False where they have not and we are not to wait.
+
+        :param what: what needs them, for messages.
+        :raises DeadlineExceeded: a sample did not come in time.
+        :raises DataError: a sample will never come.
+        :raises ChannelFailed: the capture half failed.
+        :raises AccessDenied: a ref that nobody with this run's token signed.
+        :raises RunStopped: the run was asked to stop.
+        """
+        self._parts.demand.top_up()
+        missing = self._book.missing(keys)
+        while missing and self._read(0.0):
+            missing = self._book.missing(keys)
+        if missing and patient:
+            self._wait_for(keys, missing, what=what)
+            return True
+        return not missing
+
+    def deal(self, window: int, keys: Sequence[str]) -> list[SampleRef]:
+        """Take the refs of a window, all of which have come; recorded before they are given out."""
+        self._parts.ledger.deal(window, keys)
+        return self._book.take(keys)
+
+    def lost(self, refs: Sequence[SampleRef], *, intact: Sequence[SampleRef]) -> None:
+        """Features of ``refs`` are gone: have them captured again. ``intact`` were dealt with them and go back."""
+        ids = [ref.sample_id for ref in refs if self._book.missing([ref.sample_id])]  # else a newer one came already
+        self._parts.ledger.lost(ids)
+        self._book.restore(intact)
+        self._parts.demand.lost(ids)
+
+    def trained(self, window: int, refs: Sequence[SampleRef]) -> None:
+        """The window is trained, or otherwise done with: its samples are in flight no longer."""
+        ids = [ref.sample_id for ref in refs]
+        self._parts.ledger.trained(window)
+        if self._parts.reuse_features:
+            return
+        self._parts.reader.ack(ids, max(window + 1, 0))
+        self._parts.demand.acked(ids, kept=self._parts.free == "checkpoint")
+        if self._parts.free == "window":
+            self.free(refs)
+        self._parts.demand.top_up()
+
+    def free_covered(self, step: int) -> None:
+        """A checkpoint covers the first ``step`` windows."""
+        if self._parts.free != "never":
+            self.free(self._parts.ledger.covered(step))
+
+    def free(self, refs: Sequence[SampleRef]) -> None:
+        """Delete features that nobody will want again."""
+        for ref in refs:
+            self._delete(ref)
+        ids = [ref.sample_id for ref in refs]
+        self._parts.ledger.freed(ids)
+        self._parts.demand.freed(ids)
+
+    def fail(self, reason: str) -> None:
+        """Training cannot go on; capture, if it still runs, stops with this reason."""
+        if not self._parts.reuse_features:
+            self._parts.reader.fail(reason)
+
+    def _delete(self, ref: SampleRef) -> None:
+        if not ref.skipped:
+            self._parts.store.delete(ref)
+
+    def _wait_for(self, keys: Sequence[str], missing: list[str], *, what: str) -> None:
+        patience = _Patience(self._parts.deadline_seconds)
+        self._parts.progress.waiting("features")
+        while missing:
+            self._parts.stop.raise_if_requested()
+            drained = self._parts.reuse_features and self._book.drained  # asked before reading, or some would be missed
+            came = self._read(0.0 if drained else _TICK_SECONDS, patience=patience)
+            if not came and drained:
+                raise self._never(keys, missing, what)
+            if not came and patience.ended:
+                raise patience.error(f"{self._arrived(keys, missing, what)}", sample=missing[0])
+            if patience.heals() and self._heal():
+                patience.renew()
+            still = self._book.missing(keys)
+            if len(still) < len(missing):
+                patience.renew()
+            missing = still
+        self._parts.progress.waiting(None)
+
+    def _heal(self) -> bool:
+        """Offer again what got lost on its way here; whether anything had."""
+        outstanding = self._parts.demand.outstanding()
+        while self._read(0.0):
+            pass
+        return self._parts.demand.offer_again(outstanding) > 0
+
+    def _read(self, timeout: float, *, patience: _Patience | None = None) -> bool:
+        """Take in refs; False where nothing came."""
+        try:
+            came = self._book.read(timeout)
+        except PeerDied as error:
+            if self._parts.reuse_features:
+                raise
+            self._parts.stop.raise_if_requested()
+            if patience is not None:  # another capture process may take the place of those that died
+                patience.died(error)
+                self._parts.progress.waiting("a capture process: none is alive")
+                self._parts.stop.wait(timeout)
+            return False
+        except ChannelFailed:
+            self._parts.stop.raise_if_requested()  # capture was asked to stop too, and was quicker to say so
+            raise
+        if came is None:
+            return False
+        self._parts.demand.arrived(came)
+        self._parts.demand.top_up()
+        return True
+
+    def _arrived(self, keys: Sequence[str], missing: Sequence[str], what: str) -> str:
+        return f"{len(keys) - len(missing)} of {len(keys)} of {what}, {self._book.arrived} refs in all"
+
+    def _never(self, keys: Sequence[str], missing: Sequence[str], what: str) -> DataError:
+        return DataError(
+            "the features of this sample will never come: capture has ended and published "
+            + self._arrived(keys, missing, what),
+            where=f"sample {missing[0]}",
+            hint="capture features from the same prompts, data settings and number of epochs as training uses",
+        )
+
+
+class _Patience:
+    """One wait: how long it still lasts, and what to say when it does not."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._death: PeerDied | None = None
+        self.renew()
+        self._healed = time.monotonic()
+
+    def renew(self) -> None:
+        self._until = time.monotonic() + self._seconds
+
+    @property
+    def ended(self) -> bool:
+        return time.monotonic() > self._until
+
+    def heals(self) -> bool:
+        """Whether it is time to look for what got lost."""
+        now = time.monotonic()
+        if now - self._healed < _HEAL_SECONDS:
+            return False
+        self._healed = now
+        return True
+
+    def died(self, error: PeerDied) -> None:
+        self._death = error
+
+    def error(self, arrived: str, *, sample: str) -> DeadlineExceeded:
+        why = "" if self._death is None else f"; no capture process is alive: {self._death.message}"
+        return DeadlineExceeded(
+            f"not captured within {self._seconds:g} s; arrived so far: {arrived}{why}",
+            where=f"sample {sample}",
+            hint="start `specforge capture` with this run file, or see what the capture half is doing; "
+            "loading.deadline_seconds is how long it may take",
+        )
