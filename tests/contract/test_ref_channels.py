@@ -13,6 +13,7 @@ from specforge_core.contracts import (
     ChannelError,
     ChannelFailed,
     InFlight,
+    LeaseDesk,
     PartContext,
     RefChannel,
     RefReader,
@@ -62,6 +63,12 @@ class Wrapped(RefChannel):
     def reader(self) -> RefReader:
         reader = self.inner.reader()
         return type(self).reader_class(reader) if type(self).reader_class else reader
+
+    def leases(self) -> LeaseDesk:
+        return self.inner.leases()
+
+    def seal(self) -> None:
+        self.inner.seal()
 
 
 class PassingWriter(RefWriter):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from specforge_core.contracts import ChannelError, ChannelFailed, PartContext, RefWriter, SampleRef
-from specforge_core.features.channel_tails import Liveness
 from specforge_core.features.file_channel import FileChannel
+from specforge_core.features.liveness import Liveness
 from specforge_core.features.record_file import RecordTail, frame
 from specforge_core.hooks.builtin import FileChannelConfig
 from specforge_core.testing.ref_channel_suite import read_all
@@ -366,4 +366,4 @@ def test_reading_goes_on_from_where_it_was(tmp_path: Path) -> None:
 )
 def test_liveness(seen: list[tuple[bool, int, float]], expected: list[bool]) -> None:
     liveness = Liveness(timeout_seconds=10)
-    assert [liveness.is_dead(locked=a, heartbeat_ns=b, now=c) for a, b, c in seen] == expected
+    assert [liveness.is_dead(locked=a, locks_seen=False, heartbeat_ns=b, now=c) for a, b, c in seen] == expected

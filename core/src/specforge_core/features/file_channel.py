@@ -3,7 +3,7 @@
 
 Nothing is ever rewritten. A writer appends to ``<name>.refs`` and syncs once per batch; the reader follows every such
 file and appends what it trained to a file of its own, which the writers follow in turn. Each keeps its file locked, so
-that the other side notices a process that died. A closed channel can be read again from the beginning.
+that the other side notices a process that died. Acks stay, so whoever reads next gets what nobody acked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import ChannelError, PartContext, RefChannel
+from specforge_core.features.channel_seal import close_abandoned
 from specforge_core.features.channel_tails import WRITER_SUFFIX
+from specforge_core.features.file_leases import FileLeases
 from specforge_core.features.file_ref_reader import FileRefReader
 from specforge_core.features.file_ref_writer import FileRefWriter
 from specforge_core.features.identity import file_name_problem
@@ -43,3 +45,13 @@ class FileChannel(RefChannel):
 
     def reader(self) -> FileRefReader:
         return FileRefReader(self._directory, timeout_seconds=self._timeout_seconds)
+
+    def leases(self) -> FileLeases:
+        return FileLeases(self._directory, timeout_seconds=self._timeout_seconds)
+
+    def seal(self) -> None:
+        """May wait as long as a writer may be silent: that is how a death on a machine whose locks are not seen shows.
+
+        :raises ChannelError: a file that should be closed cannot be written.
+        """
+        close_abandoned(sorted(self._directory.glob(f"*{WRITER_SUFFIX}")), timeout_seconds=self._timeout_seconds)

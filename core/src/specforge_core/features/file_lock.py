@@ -25,6 +25,11 @@ def lock_file(file: IO[Any], *, seconds: float) -> bool:
         time.sleep(_PAUSE_SECONDS)
 
 
+def unlock_file(file: IO[Any]) -> None:
+    """Let go of the lock of a file that stays open."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
 def is_locked(file: IO[Any]) -> bool:
     """Whether somebody else holds the exclusive lock now."""
     try:
@@ -33,6 +38,23 @@ def is_locked(file: IO[Any]) -> bool:
         return True
     fcntl.flock(file, fcntl.LOCK_UN)
     return False
+
+
+def lock_domain(file: IO[Any]) -> str:
+    """Names one running kernel and one mounted file system: whoever gets the same name sees the file's locks.
+
+    Empty where the kernel does not say which one it is; then nothing is known of who sees what.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+    return f"{boot}:{os.fstat(file.fileno()).st_dev}"
+
+
+def opened_by(domain: str) -> list[str | int]:
+    """Who opened a file: host, process and lock domain, as it is recorded in the file."""
+    return [os.uname().nodename, os.getpid(), domain]
 
 
 def sync_directory(directory: Path) -> None:

@@ -10,28 +10,34 @@ from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
-from specforge_core.contracts import ChannelError, ChannelFailed, RefReader, SampleRef
-from specforge_core.features.channel_tails import READER_SUFFIX, VERSION_FRAME, WRITER_SUFFIX, Liveness, WriterTail
+from specforge_core.contracts import ChannelError, ChannelFailed, PeerDied, RefReader, SampleRef
+from specforge_core.features.channel_tails import READER_SUFFIX, VERSION_FRAME, WRITER_SUFFIX, WriterTail
+from specforge_core.features.file_lock import opened_by
+from specforge_core.features.liveness import Heartbeat
 from specforge_core.features.record_file import Record, RecordAppender, frame
+from specforge_core.features.unacked import read_acks
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
 class FileRefReader(RefReader):
-    """Follows every writer's file. Thread-safe."""
+    """Follows every writer's file. Thread-safe. Remembers what was delivered and is not acked, and nothing else."""
 
     def __init__(self, directory: Path, *, timeout_seconds: float) -> None:
         self._directory = directory
         self._timeout_seconds = timeout_seconds
         self._lock = threading.RLock()
-        self._writers: dict[Path, tuple[WriterTail, Liveness]] = {}
+        self._writers: dict[Path, WriterTail] = {}
         self._pending: deque[tuple[WriterTail, Record]] = deque()
-        self._generations: dict[str, int] = {}
+        self._delivered: dict[str, tuple[int, ...]] = {}
         self._file: RecordAppender | None = None
+        self._failed = False
         self._closed = False
-        self._refresh()
-        if not self._sealed:
-            self._open_file()
+        # Emptied as the refs that former readers acked are passed over.
+        self._acked = read_acks(directory, timeout_seconds=timeout_seconds)
+        self._find_writers(told=False)
+        if not self._writers or not all(tail.ends_closed() for tail in self._writers.values()):
+            self._open_file(needed=True)
 
     def poll(self, max_refs: int, timeout: float) -> list[SampleRef]:
         deadline = time.monotonic() + timeout
@@ -39,12 +45,13 @@ class FileRefReader(RefReader):
         while True:
             with self._lock:
                 self._refuse_closed()
-                dead = self._dead_writers()  # before reading: what a dead writer published is then all there
-                self._refresh()
+                # Before reading: what a dead writer published is then all there.
+                dead = {path for path, tail in self._writers.items() if tail.state == "opened" and tail.is_dead()}
+                self._refresh(max_refs)
                 self._raise_if_failed()
                 if self._pending or self._sealed:
                     return self._deliver(max_refs)
-                self._raise_if_unfinished(dead)
+                self._raise_if_abandoned(dead)
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return []
@@ -55,64 +62,86 @@ class FileRefReader(RefReader):
     def drained(self) -> bool:
         with self._lock:
             if not self._closed:
-                self._refresh()
+                self._refresh(1)
             return self._sealed and not self._pending
 
     @property
     def _sealed(self) -> bool:
-        return bool(self._writers) and all(tail.closed for tail, _ in self._writers.values())
+        """Right only while nothing is pending: then every file was read to its end."""
+        return bool(self._writers) and all(tail.state == "closed" for tail in self._writers.values())
 
-    def _refresh(self) -> None:
-        """Take in what is new."""
+    def _find_writers(self, *, told: bool) -> None:
         for path in sorted(self._directory.glob(f"*{WRITER_SUFFIX}")):
             if path not in self._writers:
-                self._writers[path] = (WriterTail(path), Liveness(self._timeout_seconds))
-                self._dead_writers()  # its lock must have been seen once
-        for tail, _ in self._writers.values():
-            self._pending.extend((tail, record) for record in tail.read())
+                tail = WriterTail(path, timeout_seconds=self._timeout_seconds, told=told)
+                tail.is_dead()  # its lock must have been seen once
+                self._writers[path] = tail
+
+    def _refresh(self, wanted: int) -> None:
+        """Read on, a piece of every file, until ``wanted`` refs are pending or there is no more."""
+        self._find_writers(told=True)
+        news = True
+        while news and len(self._pending) < wanted:
+            news = False
+            for tail in self._writers.values():
+                records = tail.read()
+                news |= bool(records)
+                self._pending.extend((tail, record) for record in records if not self._is_acked(tail, record))
+
+    def _is_acked(self, tail: WriterTail, record: Record) -> bool:
+        if not self._acked:
+            return False
+        ref = tail.decode(record)
+        ack = (ref.sample_id, ref.generation)
+        if ack not in self._acked:
+            return False
+        self._acked.remove(ack)
+        return True
 
     def _raise_if_failed(self) -> None:
         """:raises ChannelFailed: a writer said that it cannot go on."""
-        for tail, _ in self._writers.values():
+        for tail in self._writers.values():
             if tail.failure is not None:
                 raise ChannelFailed(tail.failure, where=f"writer {tail.owner}")
 
-    def _dead_writers(self) -> list[WriterTail]:
-        now = time.monotonic()
-        return [tail for tail, liveness in self._writers.values() if not tail.closed and tail.is_dead(liveness, now)]
-
-    def _raise_if_unfinished(self, dead: list[WriterTail]) -> None:
-        """:raises ChannelFailed: a writer ended without closing, and everything published was delivered."""
-        for tail in dead:
-            if not tail.closed:
-                raise ChannelFailed(
-                    f"writer {tail.owner} died before it had published everything",
-                    where=str(tail.path),
-                    hint="see its log; run it again to go on",
-                )
+    def _raise_if_abandoned(self, dead: set[Path]) -> None:
+        """:raises PeerDied: a writer ended without closing, everything published was delivered, and no writer lives."""
+        unfinished = [tail for tail in self._writers.values() if tail.state != "closed"]
+        if unfinished and all(tail.state == "failed" or (tail.path in dead and tail.is_dead()) for tail in unfinished):
+            raise PeerDied(
+                f"writer {unfinished[0].owner} died before it had published everything, and no writer lives",
+                where=str(unfinished[0].path),
+                hint="see its log; run it again to go on",
+            )
 
     def _deliver(self, max_refs: int) -> list[SampleRef]:
         refs = []
         for _ in range(min(max_refs, len(self._pending))):
             tail, record = self._pending.popleft()
             refs.append(tail.decode(record))
-        self._generations.update((ref.sample_id, ref.generation) for ref in refs)
+        for ref in refs:
+            self._delivered[ref.sample_id] = (*self._delivered.get(ref.sample_id, ()), ref.generation)
         return refs
 
     def ack(self, sample_ids: Iterable[str], step: int) -> None:
         with self._lock:
             self._refuse_closed()
-            held = [sample_id for sample_id in sample_ids if sample_id in self._generations]
-            acked = [(sample_id, self._generations.pop(sample_id)) for sample_id in held]
-            if self._file is None and acked:
-                self._open_file()
-            if self._file is not None and acked:
+            held = [sample_id for sample_id in sample_ids if sample_id in self._delivered]
+            acked = [(sample_id, generation) for sample_id in held for generation in self._delivered[sample_id]]
+            if not acked:
+                return
+            if self._file is None:
+                self._open_file(needed=False)
+            if self._file is not None:
                 self._file.append([frame("A", [step, acked])], durable=False)
+            for sample_id in held:
+                self._delivered.pop(sample_id, None)
 
     def fail(self, reason: str) -> None:
         with self._lock:
-            if self._file is not None and not self._closed:
+            if self._file is not None and not self._closed and not self._failed:
                 self._file.append([frame("F", reason)], durable=True)
+                self._failed = True
 
     def close(self) -> None:
         with self._lock:
@@ -120,12 +149,14 @@ class FileRefReader(RefReader):
                 return
             self._closed = True
             if self._file is not None:
-                self._file.append([frame("C", None)], durable=False)
+                self._heartbeat.stop()
+                if not self._failed:
+                    self._file.append([frame("C", None)], durable=False)
                 self._file.close()
-            for tail, _ in self._writers.values():
+            for tail in self._writers.values():
                 tail.close()
 
-    def _open_file(self) -> None:
+    def _open_file(self, *, needed: bool) -> None:
         """This reader's own file; it is complete and locked when it gets the name that writers look for.
 
         A sealed channel is read without one where its directory cannot be written: nobody waits for its acks.
@@ -135,11 +166,12 @@ class FileRefReader(RefReader):
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file = RecordAppender(path)
         except OSError as error:
-            if not self._sealed:
+            if needed:
                 raise ChannelError(f"cannot be written: {error.strerror}", where=str(self._directory)) from error
             return
-        self._file.append([VERSION_FRAME, frame("O", [os.uname().nodename, os.getpid()])], durable=False)
+        self._file.append([VERSION_FRAME, frame("O", opened_by(self._file.domain))], durable=False)
         self._file.rename(path.with_suffix(READER_SUFFIX))
+        self._heartbeat = Heartbeat(self._file, timeout_seconds=self._timeout_seconds)
 
     def _refuse_closed(self) -> None:
         if self._closed:

@@ -3,59 +3,55 @@
 
 from __future__ import annotations
 
-import os
 import threading
-import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from specforge_core.contracts import ChannelError, InFlight, RefWriter, SampleRef
-from specforge_core.features.channel_tails import VERSION_FRAME, Outstanding, WriterTail
+from specforge_core.features.channel_tails import VERSION_FRAME, WriterTail
+from specforge_core.features.file_lock import opened_by
+from specforge_core.features.liveness import Heartbeat
 from specforge_core.features.record_file import RecordAppender, frame
 from specforge_core.features.ref_codec import RefEncoder
-
-_BEATS_PER_TIMEOUT = 4
+from specforge_core.features.unacked import InFlightCount, ReaderWatch, read_unacked
 
 
 class FileRefWriter(RefWriter):
-    """Appends refs to one file. Thread-safe.
-
-    A thread touches the file now and then, so that readers on machines that do not see its lock know that it lives.
-    """
+    """Appends refs to one file. Thread-safe. Remembers nothing of what it published."""
 
     def __init__(self, path: Path, *, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
         self._lock = threading.RLock()
         self._file = RecordAppender(path)
         self._opened = False
         self._ended = False
-        self._stop = threading.Event()
+        self._count: InFlightCount | None = None
         try:
             self._continue()
-            self._outstanding = Outstanding(path.parent)
+            self._reader = ReaderWatch(path.parent, timeout_seconds=timeout_seconds)
         except ChannelError:
             self._file.close()
             raise
-        beats = (weakref.ref(self._file), self._stop, timeout_seconds / _BEATS_PER_TIMEOUT)
-        threading.Thread(target=_beat, args=beats, daemon=True).start()
-        weakref.finalize(self, self._stop.set)
+        self._heartbeat = Heartbeat(self._file, timeout_seconds=timeout_seconds)
 
     def _continue(self) -> None:
         """Go on after what an earlier writer of this name left."""
-        before = WriterTail(self._file.path)
+        before = WriterTail(self._file.path, timeout_seconds=self._timeout_seconds)
         try:
-            before.read()
+            while before.read():
+                pass
             self._new = self._file.path.stat().st_size == 0
             self._encoder = RefEncoder(before.layouts)
         finally:
             before.close()
         # A closed file stays closed until there is something to add: opening it again must not unseal the channel.
-        if not before.closed:
+        if before.state != "closed":
             self._append([])
 
     def publish(self, refs: Sequence[SampleRef]) -> None:
         with self._lock:
-            self._follow_reader()
+            self._refuse_ended()
+            self._reader.raise_if_failed()
             encoder = self._encoder.copy()
             frames: list[bytes] = []
             for ref in refs:
@@ -72,16 +68,15 @@ class FileRefWriter(RefWriter):
 
     def in_flight(self) -> InFlight:
         with self._lock:
-            self._follow_reader()
-            return self._outstanding.in_flight
+            self._refuse_ended()
+            self._reader.raise_if_failed()
+            self._reader.raise_if_dead()
+            if self._count is None:
+                self._count = InFlightCount(self._file.path.parent, timeout_seconds=self._timeout_seconds)
+            return self._count.refresh()
 
     def published(self) -> list[SampleRef]:
-        with self._lock:
-            tail = WriterTail(self._file.path)
-            try:
-                return [tail.decode(record) for record in tail.read()]
-            finally:
-                tail.close()
+        return read_unacked(self._file.path.parent, timeout_seconds=self._timeout_seconds)
 
     def close(self) -> None:
         self._end(frame("C", None) if self._opened else b"")
@@ -96,28 +91,18 @@ class FileRefWriter(RefWriter):
             if last:
                 self._append([last])
             self._ended = True
-            self._stop.set()
-            self._outstanding.close()
+            self._heartbeat.stop()
+            self._reader.close()
+            if self._count is not None:
+                self._count.close()
             self._file.close()
 
     def _append(self, frames: list[bytes]) -> None:
-        opening = [] if self._opened else [frame("O", [os.uname().nodename, os.getpid()])]
+        opening = [] if self._opened else [frame("O", opened_by(self._file.domain))]
         version = [VERSION_FRAME] if self._new else []
         self._file.append([*version, *opening, *frames], durable=True)
         self._opened, self._new = True, False
 
-    def _follow_reader(self) -> None:
+    def _refuse_ended(self) -> None:
         if self._ended:
             raise ChannelError("this writer was closed", where=str(self._file.path))
-        self._outstanding.refresh()
-        self._outstanding.raise_if_failed()
-
-
-def _beat(held: weakref.ref[RecordAppender], stop: threading.Event, seconds: float) -> None:
-    """Beat until the writer ends; a writer that is dropped without ending must not be kept alive, nor its lock."""
-    while not stop.wait(seconds):
-        file = held()
-        with suppress(OSError, ValueError):  # it was closed meanwhile
-            if file is not None:
-                file.beat()
-        del file

@@ -7,20 +7,23 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from specforge_core.contracts import (
     ChannelError,
     ChannelFailed,
     InFlight,
+    LeaseDesk,
     PartContext,
+    PeerDied,
     RefChannel,
     RefReader,
     RefWriter,
     SampleRef,
     check_metadata_only,
 )
+from specforge_core.features.memory_leases import MemoryLeases
 
 if TYPE_CHECKING:
     from specforge_core.hooks.builtin import MemoryChannelConfig
@@ -28,8 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class _WriterState:
-    published: list[SampleRef] = field(default_factory=list)
-    closed: bool = False
+    """``failure`` is told to the reader that was open when the writer failed, and to no later one."""
+
+    status: Literal["open", "closed", "failed"] = "open"
     failure: str | None = None
 
 
@@ -38,12 +42,21 @@ class MemoryChannel(RefChannel):
 
     def __init__(self, config: MemoryChannelConfig, context: PartContext) -> None:
         self._queue = _RefQueue()
+        self._leases = MemoryLeases(self._queue.changed, lives=self._queue.has_open_writer)
 
     def writer(self, name: str) -> RefWriter:
         return _MemoryWriter(self._queue, name)
 
     def reader(self) -> RefReader:
         return _MemoryReader(self._queue)
+
+    def leases(self) -> LeaseDesk:
+        return self._leases
+
+    def seal(self) -> None:
+        with self._queue.changed:
+            self._queue.seal()
+            self._queue.changed.notify_all()
 
 
 class _RefQueue:
@@ -60,14 +73,21 @@ class _RefQueue:
 
     @property
     def sealed(self) -> bool:
-        return bool(self.writers) and all(writer.closed for writer in self.writers.values())
+        return bool(self.writers) and all(writer.status == "closed" for writer in self.writers.values())
 
     @property
     def in_flight(self) -> InFlight:
         return InFlight(len(self._held), self._nbytes)
 
+    @property
+    def unacked(self) -> list[SampleRef]:
+        return list(self._held.values())
+
+    def has_open_writer(self, name: str) -> bool:
+        return name in self.writers and self.writers[name].status == "open"
+
     def append(self, ref: SampleRef) -> None:
-        replaced = self._held.get(ref.sample_id)
+        replaced = self._held.pop(ref.sample_id, None)
         self._nbytes += ref.nbytes - (replaced.nbytes if replaced else 0)
         self._held[ref.sample_id] = ref
         self.waiting.append(ref)
@@ -84,6 +104,16 @@ class _RefQueue:
             del self._held[sample_id]
             self._nbytes -= held.nbytes
 
+    def seal(self) -> None:
+        for writer in self.writers.values():
+            if writer.status == "failed":
+                writer.status, writer.failure = "closed", None
+
+    def forget_failures(self) -> None:
+        self.reader_failure = None
+        for writer in self.writers.values():
+            writer.failure = None
+
     def raise_if_reader_failed(self) -> None:
         if self.reader_failure is not None:
             raise ChannelFailed(self.reader_failure, where="reader")
@@ -93,6 +123,12 @@ class _RefQueue:
             if writer.failure is not None:
                 raise ChannelFailed(writer.failure, where=f"writer {name}")
 
+    def raise_if_abandoned(self) -> None:
+        """:raises PeerDied: a writer ended without closing, before this reader came, and none is open."""
+        failed = [name for name, writer in self.writers.items() if writer.status == "failed"]
+        if failed and not any(self.has_open_writer(name) for name in self.writers):
+            raise PeerDied("ended without closing, and no writer is open", where=f"writer {failed[0]}")
+
 
 class _MemoryWriter(RefWriter):
     def __init__(self, queue: _RefQueue, name: str) -> None:
@@ -101,29 +137,27 @@ class _MemoryWriter(RefWriter):
         self._ended = False
         with queue.changed:
             self._state = queue.writers.setdefault(name, _WriterState())
-            self._state.closed = False
-            self._state.failure = None
+            self._state.status, self._state.failure = "open", None
 
     def publish(self, refs: Sequence[SampleRef]) -> None:
         for ref in refs:
             check_metadata_only(ref)
         with self._queue.changed:
-            if self._ended:
-                raise ChannelError("this writer was closed", where=f"writer {self._name}")
+            self._refuse_ended()
             self._queue.raise_if_reader_failed()
             for ref in refs:
                 self._queue.append(ref)
-            self._state.published.extend(refs)
             self._queue.changed.notify_all()
 
     def in_flight(self) -> InFlight:
         with self._queue.changed:
+            self._refuse_ended()
             self._queue.raise_if_reader_failed()
             return self._queue.in_flight
 
     def published(self) -> list[SampleRef]:
         with self._queue.changed:
-            return list(self._state.published)
+            return self._queue.unacked
 
     def close(self) -> None:
         self._end(failure=None)
@@ -136,9 +170,13 @@ class _MemoryWriter(RefWriter):
             if self._ended:
                 return
             self._ended = True
-            self._state.closed = failure is None
+            self._state.status = "closed" if failure is None else "failed"
             self._state.failure = failure
             self._queue.changed.notify_all()
+
+    def _refuse_ended(self) -> None:
+        if self._ended:
+            raise ChannelError("this writer was closed", where=f"writer {self._name}")
 
 
 class _MemoryReader(RefReader):
@@ -146,7 +184,7 @@ class _MemoryReader(RefReader):
         self._queue = queue
         self._closed = False
         with queue.changed:
-            queue.reader_failure = None
+            queue.forget_failures()
 
     def poll(self, max_refs: int, timeout: float) -> list[SampleRef]:
         deadline = time.monotonic() + timeout
@@ -156,6 +194,7 @@ class _MemoryReader(RefReader):
                 self._queue.raise_if_writer_failed()
                 if self._queue.waiting or self._queue.sealed:
                     return self._queue.take(max_refs)
+                self._queue.raise_if_abandoned()
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return []

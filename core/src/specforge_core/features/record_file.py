@@ -11,16 +11,17 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from specforge_core.contracts import ChannelError
-from specforge_core.features.file_lock import is_locked, lock_file, sync_directory
+from specforge_core.features.file_lock import is_locked, lock_domain, lock_file, sync_directory
 
 _LOCK_SECONDS = 1.0
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
+_GLANCE_BYTES = 1 << 12
 _PREFIX_BYTES = len("R 00000000 ")
 
 
@@ -75,28 +76,87 @@ class RecordTail:
         self.path = path
         self._file = path.open("rb", buffering=0)
         self._offset = 0
+        self.owner = OwnerView(self._file)
+
+    @property
+    def offset(self) -> int:
+        """Where the first record that was not read begins."""
+        return self._offset
 
     def read(self) -> list[Record]:
-        """Every record completed since the last call."""
-        records: list[Record] = []
+        """The next completed records, some :data:`_READ_BYTES` of them; none once everything complete was read."""
         rest = b""
         while chunk := os.pread(self._file.fileno(), _READ_BYTES, self._offset + len(rest)):
             *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                records.append(Record(self.path, self._offset, line))
-                self._offset += len(line) + 1
-        return records
+            if lines:
+                return list(self._take(lines))
+        return []
+
+    def _take(self, lines: list[bytes]) -> Iterator[Record]:
+        for line in lines:
+            yield Record(self.path, self._offset, line)
+            self._offset += len(line) + 1
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class OwnerView:
+    """What can be seen of the process that keeps a record file open, without reading the file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
 
     def is_locked(self) -> bool:
-        """Whether the process that appends is alive, as far as the file system tells."""
+        """Whether it is alive, as far as the file system tells."""
         return is_locked(self._file)
+
+    def sees_locks_of(self, domain: str) -> bool:
+        """Whether a process that found itself in ``domain`` (see ``lock_domain``) cannot hold the file unseen."""
+        return bool(domain) and lock_domain(self._file) == domain
 
     def heartbeat_ns(self) -> int:
         """When the file was last written or touched, by the clock of whoever keeps it."""
         return os.fstat(self._file.fileno()).st_mtime_ns
 
-    def close(self) -> None:
-        self._file.close()
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._file.fileno()).st_size
+
+    def last_kind(self) -> str:
+        """The kind of the last completed record; empty where there is none."""
+        end = _last_newline(self._file, self.size())
+        begin = _last_newline(self._file, end - 1) if end else 0
+        return os.pread(self._file.fileno(), 1, begin).decode("latin-1") if end else ""
+
+
+def _last_newline(file: IO[bytes], end: int) -> int:
+    """The offset after the last newline before ``end``; 0 where there is none."""
+    while end > 0:
+        begin = max(0, end - _GLANCE_BYTES)
+        newline = os.pread(file.fileno(), end - begin, begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0
+
+
+def append_whole(file: IO[bytes], content: bytes, *, size: int, durable: bool) -> int:
+    """Append to a file of ``size`` bytes, all or nothing; its new size.
+
+    :raises ChannelError: no room on the disk; the file is as it was.
+    """
+    rest = memoryview(content)
+    try:
+        while rest:
+            rest = rest[os.write(file.fileno(), rest) :]
+        if durable:
+            os.fdatasync(file.fileno())
+    except OSError as error:
+        os.ftruncate(file.fileno(), size)
+        hint = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise ChannelError(f"cannot be appended to: {error.strerror}", where=str(file.name), hint=hint) from error
+    return size + len(content)
 
 
 class RecordAppender:
@@ -121,16 +181,8 @@ class RecordAppender:
     def _cut_torn_record(self) -> int:
         """Cut off what a process that died in mid-append left after the last newline."""
         size = os.fstat(self._file.fileno()).st_size
-        with self.path.open("rb") as file:
-            end = size
-            while end:
-                begin = max(0, end - _READ_BYTES)
-                file.seek(begin)
-                newline = file.read(end - begin).rfind(b"\n")
-                if newline >= 0:
-                    end = begin + newline + 1
-                    break
-                end = begin
+        with self.path.open("rb", buffering=0) as file:
+            end = _last_newline(file, size)
         if end != size:
             os.ftruncate(self._file.fileno(), end)
         return end
@@ -140,25 +192,19 @@ class RecordAppender:
 
         :raises ChannelError: no room on the disk; the file is as it was.
         """
-        rest = memoryview(b"".join(frames))
-        size = self._size + len(rest)
-        try:
-            while rest:
-                rest = rest[os.write(self._file.fileno(), rest) :]
-            if durable:
-                os.fdatasync(self._file.fileno())
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), self._size)
-            hint = "free space there" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-            raise ChannelError(f"cannot be appended to: {error.strerror}", where=str(self.path), hint=hint) from error
-        self._size = size
+        self._size = append_whole(self._file, b"".join(frames), size=self._size, durable=durable)
 
     def rename(self, path: Path) -> None:
         """Give the file its name, once what it begins with is written."""
         self.path = self.path.rename(path)
 
+    @property
+    def domain(self) -> str:
+        """Who sees the lock: see ``lock_domain``."""
+        return lock_domain(self._file)
+
     def beat(self) -> None:
-        """Show readers on other machines that this process lives."""
+        """Show those who do not see the lock that this process lives."""
         os.utime(self._file.fileno())
 
     def close(self) -> None:
