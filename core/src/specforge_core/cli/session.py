@@ -34,11 +34,15 @@ def open_run(
 
     :param threads_of: the section whose ``threads`` this process computes with.
     """
+    with open_plan(compose_run(registry, run, overrides), registry, threads_of=threads_of) as opened:
+        yield opened
+
+
+def compose_run(registry: PluginRegistry, run: Path, overrides: Sequence[str]) -> Plan:
+    """The plan of what a user calls a run, with its overrides."""
     from specforge_core.run.directory import run_file_of
 
-    plan = compose(load_run_config(run_file_of(run), overrides), registry)
-    with open_plan(plan, registry, threads_of=threads_of) as opened:
-        yield opened
+    return compose(load_run_config(run_file_of(run), overrides), registry)
 
 
 @contextmanager
