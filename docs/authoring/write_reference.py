@@ -46,14 +46,20 @@ SECTIONS: list[tuple[str, list[tuple[str, str]]]] = [
     ("Decoding", [("contracts/decoding.py", "*classes")]),
     ("Target engines", [("contracts/target_engine.py", "*classes")]),
     ("Feature stores", [("contracts/feature_store.py", "*classes"), ("contracts/part_context.py", "*classes")]),
-    ("Ref channels", [("contracts/ref_channel.py", "*classes")]),
+    ("Ref channels", [("contracts/ref_channel.py", "*classes"), ("contracts/leases.py", "*classes")]),
     ("Errors", [("contracts/errors.py", "*summaries")]),
 ]
 SUITES = {
     "StrategySuite": ("testing/strategy_suite.py",),
     "TargetEngineSuite": ("testing/target_engine_suite.py",),
     "FeatureStoreSuite": ("testing/feature_store_suite.py", "testing/store_attaching_suite.py"),
-    "RefChannelSuite": ("testing/ref_channel_suite.py",),
+    "RefChannelSuite": (
+        "testing/ref_channel_suite.py",
+        "testing/channel_under_test.py",
+        "testing/ref_delivery_suite.py",
+        "testing/channel_ending_suite.py",
+        "testing/lease_desk_suite.py",
+    ),
 }
 """The modules that hold each suite's tests; the first is the one to subclass from, and shows how."""
 

@@ -88,6 +88,7 @@ def _store_suite(offered: FeatureStoreSpec, settings: dict[str, Any]) -> type[Co
 def _channel_suite(offered: RefChannelSpec, settings: dict[str, Any]) -> type[ContractSuite]:
     class InstalledChannel(RefChannelSuite):
         replayable = offered.capabilities.replayable
+        cross_process = offered.capabilities.cross_process
 
         def make_channel(self, directory: Path) -> RefChannel:
             section = offered.config.model_validate(settings)
