@@ -1,18 +1,21 @@
 # make demo : set up, then train a draft from nothing and measure it     make test : set up, then run every test
 PYTHON ?= python3
 VENV   ?= .venv
-DISTRIBUTIONS := core specforge_eagle3 specforge_dflash specforge_domino plugins/hf-target
+DISTRIBUTIONS := core specforge_eagle3 specforge_dflash specforge_domino \
+	plugins/hf-target plugins/mooncake-store plugins/redis-channel
 STAMP  := $(VENV)/.set-up
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo compare test test-server lint bench clean
+.PHONY: help setup services demo compare test chaos load test-server lint bench clean
 
 help:
 	@echo "make setup   everything of this repository, editable, into $(VENV)"
 	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (under 8 minutes)"
 	@echo "make compare train and bench every strategy on the demo target, side by side"
-	@echo "make test    set up, run every test"
+	@echo "make test    set up, start the servers the tests need, run every test"
+	@echo "make chaos   200 faults, seeded, against runs over files and over Mooncake and Redis (SEED=7 FAULTS=200)"
+	@echo "make load    20,000 samples through 4 capture processes, with backpressure on"
 	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 8 minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the step benchmark against a peer (installs it into an environment of its own)"
@@ -25,7 +28,20 @@ $(STAMP): Makefile VERSION constraints.txt requirements-dev.txt $(DISTRIBUTIONS:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e 'core[report,datasets,testing]' $(DISTRIBUTIONS:%=-e %)
+		-e 'core[report,datasets,testing]' -e 'plugins/mooncake-store[cpu]' $(DISTRIBUTIONS:%=-e %)
+	@touch $@
+
+# What the tests' real servers need besides Python packages: Redis, the libraries Mooncake is linked with, and a clock
+# that can be made to jump. Installed where this is Debian or Ubuntu and we may; else said.
+SYSTEM_PACKAGES := redis-server libibverbs1 libnuma1 libcurl4 faketime
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -n)
+services: $(VENV)/.services
+$(VENV)/.services: Makefile | $(STAMP)
+	@dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1 || { \
+		echo "installing $(SYSTEM_PACKAGES)"; \
+		$(SUDO) apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive $(SUDO) apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES) >/dev/null; \
+	} || { echo "the tests start real servers: install $(SYSTEM_PACKAGES) (or what your system calls them)"; exit 1; }
 	@touch $@
 
 demo: setup
@@ -34,7 +50,7 @@ demo: setup
 compare: setup
 	$(BIN)/python benchmarks/compare_strategies.py
 
-test: setup
+test: setup services
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # vLLM pins versions that differ from ours, so it has an environment of its own.

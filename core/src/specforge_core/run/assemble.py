@@ -22,21 +22,16 @@ from specforge_core.contracts import (
     FrozenSource,
     LeaseDesk,
     Progress,
-    RefReader,
     RefWriter,
     Split,
     StopSignal,
     Strategy,
     TargetEngine,
 )
-from specforge_core.features.ledger import Ledger, NoLedger
 from specforge_core.hooks.descriptors import resolve
-from specforge_core.loading.backpressure import Watermarks
-from specforge_core.loading.demand import Demand, NothingWanted
 from specforge_core.loading.held_out import HeldOut, HeldOutCopy
 from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
-from specforge_core.loading.supply import Supply, SupplyParts
 from specforge_core.loading.windows import WindowPlan
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet
@@ -48,6 +43,7 @@ from specforge_core.run.observing import RunRecord
 from specforge_core.run.provenance import describe_run
 from specforge_core.run.ranks import join_ranks
 from specforge_core.run.sealed_refs import read_all
+from specforge_core.run.train_end import TrainEnd
 from specforge_core.run.wires import RunWires
 from specforge_core.training.evaluator import Evaluator
 from specforge_core.training.metrics_log import MetricsLog
@@ -198,43 +194,13 @@ class Run:
         )
 
     @cached_property
-    def reader(self) -> RefReader:
-        return self.wires["train"].channel.reader()
-
-    @cached_property
-    def desk(self) -> LeaseDesk:
-        """Where the train role of an online run says what it wants captured."""
-        return self.wires["train"].channel.leases()
-
-    @cached_property
-    def ledger(self) -> Ledger | NoLedger:
-        if self.parallelism.rank != 0:
-            return NoLedger()
-        return Ledger(self.directory.ledger, run_id=self.plan.run_id)
-
-    @cached_property
-    def supply(self) -> Supply:
-        """The train role's end of the wires."""
-        config, plan = self.plan.config, self.plan
-        window = config.training.global_batch_size
-        watermarks = Watermarks(
-            high_watermark_refs=config.capture.high_watermark_windows * window,
-            low_watermark_refs=config.capture.low_watermark_windows * window,
-            high_watermark_bytes=config.capture.high_watermark_bytes,
-        )
-        return Supply(
-            SupplyParts(
-                reader=self.reader,
-                store=self.wires["train"].store,
-                ledger=self.ledger,
-                demand=NothingWanted() if plan.feature_reuse else Demand(self.desk, watermarks),
-                check=self.wires.check,
-                progress=self.progress("train"),
-                stop=self.stop,
-                reuse_features=plan.feature_reuse,
-                free=plan.retain,
-                deadline_seconds=config.loading.deadline_seconds,
-            )
+    def train_end(self) -> TrainEnd:
+        return TrainEnd(
+            self.plan,
+            self.wires,
+            ledger=self.directory.ledger if self.parallelism.rank == 0 else None,
+            progress=self.progress("train"),
+            stop=self.stop,
         )
 
     def copy_held_out(self) -> None:
@@ -242,7 +208,7 @@ class Run:
         record_features(self.directory.split("eval"), self.manifest("eval"))
         kept, prompts = self.wires["eval"], self.prompts("eval")
         HeldOutCopy(
-            supply=self.supply,
+            supply=self.train_end.supply,
             source=self.wires["train"].store,
             kept=kept.store,
             writer=kept.channel.writer("held-out"),
@@ -253,7 +219,7 @@ class Run:
     def loader(self) -> Loader:
         config = self.plan.config
         parts = LoaderParts(
-            supply=self.supply,
+            supply=self.train_end.supply,
             store=self.wires["train"].store,
             strategy=self.strategy,
             prompts=self.prompts("train"),
@@ -309,9 +275,8 @@ class Run:
 
     def close(self) -> None:
         """Give back what was opened. Idempotent."""
-        for name in ("desk", "ledger"):
-            if name in self.__dict__:
-                self.__dict__[name].close()
+        if "train_end" in self.__dict__:
+            self.train_end.close()
         self.wires.close()
         if "engine" in self.__dict__:
             self.engine.close()

@@ -73,19 +73,20 @@ def _train(run: Run) -> Outcome:
 
 def _train_online(run: Run) -> Outcome:
     """Train on what is captured meanwhile; capture is told how it ended."""
+    end = run.train_end
     try:
         if run.plan.config.data.eval:
             run.copy_held_out()
         trainer = run.trainer()
     except RunStopped:
-        run.desk.end(f"training was stopped: {run.stop.reason}")
+        end.desk.end(f"training was stopped: {run.stop.reason}")
         return "stopped"
     except BaseException as error:
-        run.supply.fail(str(error) or type(error).__name__)
+        end.supply.fail(str(error) or type(error).__name__)
         raise
     outcome = trainer.fit()
-    run.desk.end(FINISHED if outcome == "finished" else f"training was stopped: {run.stop.reason}")
-    run.reader.close()
+    end.desk.end(FINISHED if outcome == "finished" else f"training was stopped: {run.stop.reason}")
+    end.reader.close()
     return outcome
 
 
