@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A local master for development and tests: what ``specforge services mooncake`` runs until Ctrl-C.
+
+The master is a program of its own that the vendor's package brings. It dies with the process that started it, listens
+on loopback, and without more has no memory: ``serve`` brings some, so that features outlive the capture processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from specforge_core.contracts import StoreError
+
+from specforge_mooncake_store.config import MooncakeStoreConfig
+
+_START_SECONDS = 10.0
+_STOP_SECONDS = 5.0
+_MOST_MEMORY = 4 << 30
+_WHERE = "service mooncake"
+
+
+@dataclass(frozen=True)
+class Master:
+    """A running master. ``address`` is what ``store.master`` says; ``metrics`` answers HTTP."""
+
+    address: str
+    metrics: str
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+    def stop(self) -> None:
+        """End it, whatever state it is in. Idempotent."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.terminate()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+
+def start_master(port: int | None = None, *, options: Sequence[str] = ()) -> Master:
+    """Start a master on loopback and wait until it answers.
+
+    :param port: where; None: a free one.
+    :param options: more of its command line, such as ``--client_ttl=3``.
+    :raises StoreError: it is not installed, or does not start.
+    """
+    port = port or _free_port()
+    metrics = _free_port()
+    command = [
+        str(_program()),
+        "--rpc_address=127.0.0.1",
+        f"--rpc_port={port}",
+        "--metrics_host=127.0.0.1",
+        f"--metrics_port={metrics}",
+        "--rpc_thread_num=2",
+        "--logtostderr=true",
+        *options,
+    ]
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by Master.stop
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_dying_with_us()
+    )
+    master = Master(f"127.0.0.1:{port}", f"127.0.0.1:{metrics}", process, log)
+    end = time.monotonic() + _START_SECONDS
+    while not _answers(port):
+        if process.poll() is not None or time.monotonic() > end:
+            log.seek(0)
+            told = log.read()[-1000:].decode(errors="replace")
+            master.stop()
+            raise StoreError(f"the master does not start: {told}", where=_WHERE, hint=f"is port {port} free?")
+        time.sleep(0.02)
+    return master
+
+
+def serve(port: int | None) -> None:
+    """Run a master, and memory for it, until it ends or Ctrl-C.
+
+    :raises StoreError: it cannot be started, or ended by itself.
+    """
+    from specforge_mooncake_store.connection import Connection
+
+    memory = min(_MOST_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    master = start_master(port)
+    try:
+        holder = Connection(MooncakeStoreConfig(name="mooncake", master=master.address, segment_bytes=memory))
+        print(
+            f"# a mooncake master with {memory / 2**30:.1f} GiB of this machine's memory, until Ctrl-C; in the run file:\n"
+            f"store:\n  name: mooncake\n  master: {master.address}\n  segment_bytes: 0   # the memory is here",
+            flush=True,
+        )
+        try:
+            master.process.wait()
+        except KeyboardInterrupt:
+            holder.close()
+            return
+        raise StoreError(f"the master ended with status {master.process.returncode}", where=_WHERE)
+    finally:
+        master.stop()
+
+
+def _program() -> Path:
+    """The master's program itself: the package's console script may start it as a child that outlives the script."""
+    found = importlib.util.find_spec("mooncake")
+    places = (found.submodule_search_locations or []) if found is not None else []
+    programs = [Path(place) / "mooncake_master" for place in places]
+    program = next((path for path in programs if path.exists()), None)
+    if program is None:
+        raise StoreError(
+            "mooncake is not installed", where=_WHERE, hint="pip install 'specforge-mooncake-store[cpu]', or [cuda]"
+        )
+    if not os.access(program, os.X_OK):
+        try:
+            program.chmod(program.stat().st_mode | 0o111)  # some wheels were packed without
+        except OSError as error:
+            raise StoreError(f"{program} is not executable: {error.strerror}", where=_WHERE) from error
+    return program
+
+
+def _dying_with_us() -> Callable[[], None]:
+    """What the child does before it becomes the master. The library is loaded here, in the parent."""
+    prctl, death_signal = ctypes.CDLL(None).prctl, 1
+
+    def before_exec() -> None:
+        prctl(death_signal, signal.SIGKILL)
+
+    return before_exec
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 0.2).close()
+    except OSError:
+        return False
+    return True
