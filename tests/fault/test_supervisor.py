@@ -316,6 +316,7 @@ def test_after_a_stop_nothing_is_started_again(bench: Bench) -> None:
 
     def request_a_stop() -> None:
         wait_until(lambda: bench.lines.count("capture crashes") == 2)
+        time.sleep(0.3)  # of the second that it now waits for its restart
         bench.stop.request("interrupted by SIGINT")
         starts.append(bench.lines.count("capture crashes"))
 
