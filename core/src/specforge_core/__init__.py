@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         StrategyConfig,
         TargetEngineConfig,
     )
+    from specforge_core.features.ref_codec import RefDecoder, RefEncoder
     from specforge_core.hooks.descriptors import (
         DemoTarget,
         FeatureStoreSpec,
@@ -35,6 +36,8 @@ _PUBLIC = {
     "Section": "config.sections",
     "StrategyConfig": "config.sections",
     "TargetEngineConfig": "config.sections",
+    "RefDecoder": "features.ref_codec",
+    "RefEncoder": "features.ref_codec",
     "DemoTarget": "hooks.descriptors",
     "FeatureStoreSpec": "hooks.descriptors",
     "RefChannelSpec": "hooks.descriptors",
@@ -50,6 +53,8 @@ __all__ = [
     "OptimizerDefaults",
     "RefChannelConfig",
     "RefChannelSpec",
+    "RefDecoder",
+    "RefEncoder",
     "Section",
     "StrategyConfig",
     "StrategySpec",

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stream entries: many refs in one, with what is needed to read it alone.
+
+Fields of an entry: ``w`` the writer, ``l`` layouts and ``r`` refs, both JSON lists of the compact records of
+``specforge_core.RefEncoder``. The stream can be written by whoever reaches the server, so an entry is exactly that or
+it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from specforge_core import RefDecoder, RefEncoder
+from specforge_core.contracts import ChannelError, SampleRef
+
+_REFS_PER_ENTRY = 256
+_MOST_ENTRIES = 2000  # of one publish: a script takes no more than some thousand arguments
+_MOST_DECODERS = 64
+
+RawEntry = tuple[bytes, Sequence[bytes] | None]
+
+
+def encode_entries(refs: Sequence[SampleRef]) -> list[bytes]:
+    """``l`` and ``r`` of every entry, one after the other.
+
+    :raises TypeError: a ref holds anything but metadata.
+    :raises ValueError: a dtype that cannot be recorded.
+    """
+    size = max(_REFS_PER_ENTRY, -(-len(refs) // _MOST_ENTRIES))
+    fields: list[bytes] = []
+    for first in range(0, len(refs), size):
+        encoder = RefEncoder()
+        encoded = [encoder.encode(ref) for ref in refs[first : first + size]]
+        fields.append(_json([layout for layout, _ in encoded if layout is not None]))
+        fields.append(_json([record for _, record in encoded]))
+    return fields
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+class EntryDecoder:
+    """Turns entries back into refs. Entries of the same layouts share what was read of them."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._decoders: dict[bytes, RefDecoder] = {}
+
+    def decode(self, entry: RawEntry) -> tuple[bytes, list[SampleRef]]:
+        """The writer and its refs.
+
+        :raises ChannelError: the entry is not one that a writer of this format added.
+        """
+        number, fields = entry
+        try:
+            if fields is None or len(fields) != 6 or (fields[0], fields[2], fields[4]) != (b"w", b"l", b"r"):
+                raise ValueError("its fields are not w, l and r")
+            decoder = self._decoder_of(fields[3])
+            records = json.loads(fields[5])
+            if type(records) is not list or not records:
+                raise ValueError("it holds no list of refs")
+            return fields[1], [decoder.decode(record) for record in records]
+        except (ValueError, RecursionError) as error:
+            name = number.decode("ascii", "replace")
+            raise ChannelError(
+                f"entry {name} was not written by a writer of refs: {error}",
+                where=self._where,
+                hint=f"find out who else writes there, then remove it: XDEL <name>:refs {name}",
+            ) from None
+
+    def _decoder_of(self, layouts: bytes) -> RefDecoder:
+        if layouts not in self._decoders:
+            decoder = RefDecoder()
+            records = json.loads(layouts)
+            if type(records) is not list:
+                raise ValueError("it holds no list of layouts")
+            for record in records:
+                decoder.add_layout(record)
+            if len(self._decoders) >= _MOST_DECODERS:
+                self._decoders.clear()
+            self._decoders[layouts] = decoder
+        return self._decoders[layouts]
