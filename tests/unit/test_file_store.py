@@ -12,16 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from specforge_core.contracts import FeatureCorrupt, FeatureGone, PartContext, Sample, StaleRef, StoreError, StoreFull
-from specforge_core.features.file_lock import lock_file
 from specforge_core.features.file_store import FileStore
 from specforge_core.hooks.builtin import FileStoreConfig
-from specforge_core.testing.samples import assert_same, fill_up, make_ref, make_sample
+from specforge_core.testing.samples import assert_same, fill_up, make_sample
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,8 @@ def open_store(directory: Path, capacity_bytes: int | None = None) -> FileStore:
 
 
 def files(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
+    """All but the counts."""
+    return sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ".counts")
 
 
 def test_files_are_safetensors_that_others_read(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_another_process_opens_what_was_put(tmp_path: Path) -> None:
     other = open_store(tmp_path)
     assert_same(other.get(ref), make_sample())
     assert other.usage().samples == 1
-    assert other.put("p.e0", make_sample(1)).generation == ref.generation + 1
+    assert other.put("p.e0", make_sample(1)).generation > ref.generation
 
 
 @pytest.mark.parametrize(
@@ -118,41 +119,51 @@ def test_a_torn_file_does_not_reset_the_generation(tmp_path: Path) -> None:
     refs = [store.put("p.e0", make_sample(number)) for number in range(3)]
     (path,) = files(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
-    assert store.put("p.e0", make_sample()).generation == refs[-1].generation + 1
+    assert store.put("p.e0", make_sample()).generation > refs[-1].generation
 
 
-def test_the_generation_survives_delete_and_reopening(tmp_path: Path) -> None:
+def test_delete_leaves_nothing_and_the_generation_grows_all_the_same(tmp_path: Path) -> None:
     first = open_store(tmp_path)
     ref = first.put("p.e0", make_sample())
     first.delete(ref)
-    assert sum(path.stat().st_blocks for path in files(tmp_path)) == 0
+    assert files(tmp_path) == []
     again = open_store(tmp_path)
     assert again.usage().samples == 0
     with pytest.raises(FeatureGone):
         again.get(ref)
-    assert again.put("p.e0", make_sample()).generation == ref.generation + 1
-    assert len(files(tmp_path)) == 1
+    assert again.put("p.e0", make_sample()).generation > ref.generation
 
 
-def test_what_a_dead_process_left_aside_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    open_store(tmp_path).put("p.e0", make_sample())
-    abandoned, living = tmp_path / ".aside" / "abandoned", tmp_path / ".aside" / "living"
-    abandoned.write_bytes(b"torn")
-    with living.open("xb") as file:
-        assert lock_file(file, seconds=1)
+def test_a_damaged_sample_can_be_deleted(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for keep_bytes in (0, 100, -1):
+        ref = store.put("p.e0", make_sample())
+        (path,) = files(tmp_path)
+        path.write_bytes(path.read_bytes()[:keep_bytes])
+        store.delete(ref)
+        assert files(tmp_path) == []
+
+
+def test_features_are_read_from_a_mount_that_cannot_be_written(tmp_path: Path) -> None:
+    ref = open_store(tmp_path).put("p.e0", make_sample())
+    with read_only(tmp_path):
         store = open_store(tmp_path)
-        assert not abandoned.exists()
-        assert living.exists()
-    assert store.usage().samples == 1
+        assert_same(store.get(ref), make_sample())
+        assert store.usage().samples == 1
+        with pytest.raises(StoreError, match="Read-only"):
+            store.put("q.e0", make_sample())
 
 
-def test_capacity_is_counted_again_when_another_process_deleted(tmp_path: Path) -> None:
-    store = open_store(tmp_path, capacity_bytes=8_000)
-    assert fill_up(store)
-    other = open_store(tmp_path)
-    for path in files(tmp_path):
-        other.delete(dataclasses.replace(make_ref(0), sample_id=path.name.removesuffix(".safetensors")))
-    assert store.put("q.e0", make_sample(num_tokens=50)).generation == 1
+@contextmanager
+def read_only(directory: Path) -> Iterator[None]:
+    command = ["mount", "--bind", str(directory), str(directory)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command, check=False).returncode:
+        pytest.skip("a directory can be mounted only by root")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", directory], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
 
 
 @pytest.fixture
@@ -268,7 +279,9 @@ def test_generations_are_unique_between_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PUT_ONE_ID, str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     generations = [int(line) for process in processes for line in process.communicate(timeout=60)[0].split()]
-    assert sorted(generations) == list(range(1, 81))
+    assert len(set(generations)) == 80
+    for own in (generations[:40], generations[40:]):
+        assert own == sorted(own)
 
 
 def test_no_file_descriptor_is_left_open(tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ class FeatureStore(ABC):
     def delete(self, ref: SampleRef) -> None:
         """Free a sample's bytes. Deleting what is gone, or was replaced by a later ``put``, does nothing."""
 
+    def sync(self) -> None:  # noqa: B027 - most stores have nothing to do
+        """Make what this process put so far survive a power cut, where the store is ``durable``.
+
+        Refs are published after it. Other processes see features, and features survive their process, without it.
+        """
+
     @abstractmethod
     def usage(self) -> Usage:
         """What is held now."""

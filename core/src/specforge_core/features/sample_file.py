@@ -2,9 +2,9 @@
 """One sample as one safetensors file: what the file store writes and reads.
 
 The format is public and small (a length, a JSON header, raw bytes), so it is written and read here directly: the bytes
-go from the tensors to the file and back in one gathered system call each, and every length is checked before a tensor
-is allocated. What is not a tensor (generation, prompt id, epoch, norm) is in the header's metadata, with a checksum of
-the bytes: a disk that altered one must not train a draft on it.
+go from the tensors to the file and back uncopied, in pieces that are summed while the cache holds them, and every
+length is checked before a tensor is allocated. What is not a tensor (generation, prompt id, epoch, norm) is in the
+header's metadata, with a checksum of the bytes: a disk that altered one must not train a draft on it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,9 @@ from __future__ import annotations
 import json
 import os
 import struct
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import (
     DTYPE_BYTES,
@@ -28,14 +25,16 @@ from specforge_core.contracts import (
     Sample,
     StoreError,
 )
+from specforge_core.features.checksum import CHECKSUM_DIGITS, Checksum, cut, raw_bytes
+from specforge_core.features.owned_memory import empty_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from typing_extensions import Buffer
 
-_FORMAT = "1"
+_FORMAT = "2"
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_VECTORS = 1024
+_GENERATION_DIGITS = 19
 _FILE_DTYPES = {
     "float64": "F64",
     "int64": "I64",
@@ -61,12 +60,45 @@ class SampleHeader:
     epoch: int
     norm: Norm | None
     specs: tuple[FeatureSpec, ...]
-    checksum: int
+    checksum: str
     data_start: int
 
 
-def encode_sample(sample_id: str, sample: Sample, generation: int) -> list[memoryview]:
-    """The file's content as buffers to be written one after the other; no tensor bytes are copied on CPU.
+@dataclass(frozen=True, slots=True)
+class EncodedSample:
+    """A sample about to be written. Its size is known before its generation and its checksum are.
+
+    :param content: the tensors' memory, in the order of the file.
+    """
+
+    _entries: Mapping[str, Any]
+    _metadata: Mapping[str, str]
+    content: Sequence[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the file."""
+        return len(self._header(0, "0" * CHECKSUM_DIGITS)) + sum(buffer.nbytes for buffer in self.content)
+
+    def write(self, descriptor: int, generation: int) -> None:
+        """Write the file; the header last, so that what a dead process left is never taken for a sample."""
+        offset = len(self._header(generation, "0" * CHECKSUM_DIGITS))
+        checksum = Checksum()
+        for pieces in cut(self.content):
+            checksum.update(pieces)
+            offset = _write_all(descriptor, pieces, offset)
+        _write_all(descriptor, [memoryview(self._header(generation, checksum.hexdigest()))], 0)
+
+    def _header(self, generation: int, checksum: str) -> bytes:
+        numbered = {"generation": f"{generation:0{_GENERATION_DIGITS}d}", "checksum": checksum}
+        entries = {**self._entries, "__metadata__": {**self._metadata, **numbered}}
+        text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text
+
+
+def encode_sample(sample_id: str, sample: Sample) -> EncodedSample:
+    """The file's content; no tensor bytes are copied on CPU.
 
     :raises StoreError: a dtype that the file format has no name for.
     """
@@ -80,43 +112,26 @@ def encode_sample(sample_id: str, sample: Sample, generation: int) -> list[memor
         begin, end = end, end + spec.nbytes
         entries[spec.name] = {"dtype": _FILE_DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
     content = [raw_bytes(sample.features[spec.name].detach().to("cpu").contiguous()) for spec in specs]
-    entries["__metadata__"] = _metadata(sample_id, sample, generation) | {"crc32": f"{_checksum(content):08x}"}
-    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return [memoryview(struct.pack("<Q", len(text)) + text), *content]
-
-
-def _checksum(content: Sequence[memoryview]) -> int:
-    checksum = 0
-    for buffer in content:
-        checksum = zlib.crc32(buffer, checksum)
-    return checksum
-
-
-def _metadata(sample_id: str, sample: Sample, generation: int) -> dict[str, str]:
-    return {
+    metadata = {
         "specforge": _FORMAT,
         "sample_id": sample_id,
-        "generation": str(generation),
         "prompt_id": sample.prompt_id,
         "epoch": str(sample.epoch),
         "norm": sample.last_hidden_norm or "",
     }
+    return EncodedSample(entries, metadata, content)
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, uncopied and writable."""
-    return memoryview(cast("Buffer", tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def write_all(descriptor: int, buffers: Sequence[memoryview]) -> None:
-    """Write every buffer, however many calls it takes."""
+def _write_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Write every buffer from ``offset`` on, however many calls it takes; where the last one ends."""
     rest = [buffer for buffer in buffers if buffer.nbytes]
     while rest:
-        rest = _skip(rest, os.writev(descriptor, rest[:_MAX_VECTORS]))
+        count = os.pwritev(descriptor, rest[:_MAX_VECTORS], offset)
+        rest, offset = _skip(rest, count), offset + count
+    return offset
 
 
-def read_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+def _read_all(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
     """Fill the buffers from ``offset`` on; returns how many bytes there were, fewer where the file ends early."""
     rest = [buffer for buffer in buffers if buffer.nbytes]
     total = 0
@@ -188,7 +203,7 @@ def _parse_header(entries: dict[str, Any], *, data_start: int) -> SampleHeader:
         epoch=int(metadata["epoch"]),
         norm=norm,
         specs=tuple(specs),
-        checksum=int(metadata["crc32"], 16),
+        checksum=metadata["checksum"],
         data_start=data_start,
     )
 
@@ -198,13 +213,16 @@ def read_features(descriptor: int, header: SampleHeader, *, where: str) -> dict[
 
     :raises FeatureCorrupt: the file became shorter than its header says, or its bytes are not the ones written.
     """
-    features = {spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in header.specs}
-    content = [raw_bytes(tensor) for tensor in features.values()]
-    count = read_all(descriptor, content, header.data_start)
+    features = {spec.name: empty_tensor(spec) for spec in header.specs}
+    checksum = Checksum()
+    count = 0
+    for pieces in cut([raw_bytes(tensor) for tensor in features.values()]):
+        count += _read_all(descriptor, pieces, header.data_start + count)
+        checksum.update(pieces)
     expected = sum(spec.nbytes for spec in header.specs)
     if count != expected:
         raise FeatureCorrupt(f"{count} bytes of tensors where {expected} belong", where=where, hint=_CAPTURE_AGAIN)
-    if _checksum(content) != header.checksum:
+    if checksum.hexdigest() != header.checksum:
         raise FeatureCorrupt("its bytes are not the ones that were written", where=where, hint=_CAPTURE_AGAIN)
     return {name: features[name] for name in sorted(features)}
 
