@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import shutil
@@ -13,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specforge_core.contracts import ChannelError, ChannelFailed, PartContext, RefWriter, SampleRef
+from specforge_core.contracts import ChannelError, PartContext, PeerDied, RefWriter, SampleRef
 from specforge_core.features.file_channel import FileChannel
-from specforge_core.features.liveness import Liveness
 from specforge_core.features.record_file import RecordTail, frame
 from specforge_core.hooks.builtin import FileChannelConfig
 from specforge_core.testing.ref_channel_suite import read_all
@@ -82,6 +82,7 @@ def test_a_record_torn_at_any_byte_is_never_parsed(tmp_path: Path) -> None:
     reader = open_channel(directory, writer_timeout_seconds=600).reader()
     got: list[SampleRef] = []
     with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # its writer lives
         for position in range(len(content)):
             file.write(content[position : position + 1])
             got += reader.poll(10, 0.0)
@@ -135,7 +136,7 @@ def test_every_changed_byte_is_an_error_that_names_file_and_offset(tmp_path: Pat
 def test_files_of_another_version_are_refused(tmp_path: Path, line: bytes, why: str) -> None:
     (tmp_path / "capture-0.refs").write_bytes(line)
     with pytest.raises(ChannelError, match=why):
-        open_channel(tmp_path).reader()
+        open_channel(tmp_path).reader().poll(1, 0.0)
     with pytest.raises(ChannelError, match=why):
         open_channel(tmp_path).writer("capture-0")
 
@@ -187,7 +188,7 @@ def test_a_killed_writer_is_noticed_after_what_it_published(tmp_path: Path) -> N
     finish(process)
     assert read_all(reader, 19) == [make_ref(number) for number in range(1, 20)]
     begun = time.monotonic()
-    with pytest.raises(ChannelFailed, match="capture-0 died"):
+    with pytest.raises(PeerDied, match="capture-0 died"):
         reader.poll(1, 30)
     assert time.monotonic() - begun < 10
     reader.close()
@@ -217,7 +218,7 @@ def test_a_writer_that_died_before_the_reader_came_is_noticed_in_time(tmp_path: 
     finish(process)
     reader = open_channel(tmp_path, writer_timeout_seconds=0.3).reader()
     assert len(read_all(reader, 5)) == 5
-    with pytest.raises(ChannelFailed, match="capture-0 died"):
+    with pytest.raises(PeerDied, match="capture-0 died"):
         reader.poll(1, 30)
     reader.close()
 
@@ -237,8 +238,14 @@ def test_a_killed_reader_is_noticed_by_the_writer(tmp_path: Path) -> None:
     writer.publish([make_ref(0)])
     process.kill()
     finish(process)
-    with pytest.raises(ChannelFailed, match="reading process died"):
+    with pytest.raises(PeerDied, match="reading process died"):
         writer.in_flight()
+    writer.publish([make_ref(1)])
+    assert list(writer.published()) == [make_ref(0), make_ref(1)]
+    successor = open_channel(tmp_path).reader()
+    assert writer.in_flight().refs == 2
+    assert read_all(successor, 2) == [make_ref(0), make_ref(1)]
+    successor.close()
     writer.close()
 
 
@@ -256,7 +263,7 @@ def test_a_former_readers_failure_does_not_stop_the_next_session(tmp_path: Path)
     again.publish([make_ref(2)])
     again.close()
     later = open_channel(tmp_path).reader()
-    assert read_all(later, 3) == [make_ref(0), make_ref(1), make_ref(2)]
+    assert read_all(later, 2) == [make_ref(1), make_ref(2)]
     later.close()
 
 
@@ -325,16 +332,17 @@ def test_a_full_disk_keeps_what_was_published(tiny_disk: Path) -> None:
     with pytest.raises(ChannelError, match="No space left"):
         publish_many(writer, batches=100)
     whole = list(writer.published())
-    assert whole == [make_ref(number) for number in range(100)] * (len(whole) // 100)
+    assert whole == [make_ref(number) for number in range(len(whole))]
+    assert len(whole) % 100 == 0
     (tiny_disk / "filler").unlink()
-    writer.publish([make_ref(0)])
-    assert list(writer.published()) == [*whole, make_ref(0)]
+    writer.publish([make_ref(len(whole))])
+    assert list(writer.published()) == [*whole, make_ref(len(whole))]
     writer.close()
 
 
 def publish_many(writer: RefWriter, *, batches: int) -> None:
-    for _ in range(batches):
-        writer.publish([make_ref(number) for number in range(100)])
+    for batch in range(batches):
+        writer.publish([make_ref(100 * batch + number) for number in range(100)])
 
 
 def test_a_ref_takes_few_bytes(tmp_path: Path) -> None:
@@ -352,18 +360,3 @@ def test_reading_goes_on_from_where_it_was(tmp_path: Path) -> None:
             assert [record.body() for record in tail.read()] == [number]
     assert tail.read() == []
     tail.close()
-
-
-@pytest.mark.parametrize(
-    ("seen", "expected"),
-    [
-        ([(True, 1, 0), (True, 1, 1000)], [False, False]),
-        ([(True, 1, 0), (False, 1, 1)], [False, True]),
-        ([(False, 1, 0), (False, 1, 9), (False, 1, 11)], [False, False, True]),
-        ([(False, 1, 0), (False, 2, 9), (False, 2, 18), (False, 2, 20)], [False, False, False, True]),
-        ([(False, 1, 0), (True, 1, 50), (True, 1, 500)], [False, False, False]),
-    ],
-)
-def test_liveness(seen: list[tuple[bool, int, float]], expected: list[bool]) -> None:
-    liveness = Liveness(timeout_seconds=10)
-    assert [liveness.is_dead(locked=a, locks_seen=False, heartbeat_ns=b, now=c) for a, b, c in seen] == expected
