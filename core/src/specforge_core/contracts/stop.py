@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
-import threading
+import time
 
 from specforge_core.contracts.errors import RunStopped
 
+_TICK_SECONDS = 0.02
+
 
 class StopSignal:
-    """Requested once, with a reason; every wait of the run ends soon after. Thread-safe."""
+    """Requested once, with a reason; every wait of the run ends soon after. Any thread may use it, and a signal handler.
+
+    It holds no lock: a handler runs in the middle of whatever its thread was doing, which might be holding it.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
-        self._lock = threading.Lock()
         self._reason: str | None = None
 
     @property
@@ -23,16 +26,17 @@ class StopSignal:
 
     def request(self, reason: str) -> None:
         """Ask the run to stop. The first reason stays."""
-        with self._lock:
-            if self._reason is None:
-                self._reason = reason
-        self._event.set()
+        if self._reason is None:
+            self._reason = reason
 
     def wait(self, seconds: float) -> bool:
-        """Sleep up to ``seconds``; True at once when a stop is requested."""
-        return self._event.wait(seconds)
+        """Sleep up to ``seconds``; True as soon as a stop is requested."""
+        until = time.monotonic() + seconds
+        while self._reason is None and (rest := until - time.monotonic()) > 0:
+            time.sleep(min(rest, _TICK_SECONDS))
+        return self._reason is not None
 
     def raise_if_requested(self) -> None:
         """:raises RunStopped: a stop was requested."""
-        if self._event.is_set():
+        if self._reason is not None:
             raise RunStopped(f"stopped: {self._reason}")
