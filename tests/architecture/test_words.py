@@ -22,7 +22,12 @@ BROAD_EXCEPT = {
     "core/src/specforge_core/hooks",
     "core/src/specforge_core/loading/prefetch.py",  # a thread: what it meets is raised where its result is taken
 }
-ENVIRONMENT = {"core/src/specforge_core/run", "core/src/specforge_core/cli"}
+# The last tells a vendor's library, which reads nothing else, how long it may wait.
+ENVIRONMENT = {
+    "core/src/specforge_core/run",
+    "core/src/specforge_core/cli",
+    "plugins/mooncake-store/src/specforge_mooncake_store/vendor_environment.py",
+}
 
 
 def in_any(module: Module, places: set[str]) -> bool:

@@ -77,6 +77,7 @@ def run_both(
     ctx: typer.Context,
     run: RunArgument,
     overrides: Overrides = None,
+    *,
     restarts: Annotated[
         int, typer.Option(min=0, help="Disaggregated: how often each half is started again if it is killed.")
     ] = 3,
