@@ -134,8 +134,8 @@ def _check_watermarks(parts: Composition) -> Iterator[str]:
     if capture.high_watermark_windows * window < low + capture.batch_size:
         yield (
             f"{parts.at('capture', 'high_watermark_windows')}: {capture.high_watermark_windows} windows of {window} "
-            f"hold less than the low watermark's {low} samples and a capture batch of {capture.batch_size}; raise it or "
-            "lower capture.batch_size"
+            f"hold less than the low watermark's {low} samples and a capture batch of {capture.batch_size}; "
+            "raise it, or lower capture.batch_size"
         )
     limit = capture.high_watermark_bytes
     if limit is None or parts.request is None or parts.info is None or parts.request.dtype not in DTYPE_BYTES:

@@ -11,7 +11,7 @@ _TICK_SECONDS = 0.02
 
 
 class StopSignal:
-    """Requested once, with a reason; every wait of the run ends soon after. Any thread may use it, and a signal handler.
+    """Requested once, with a reason; every wait of the run ends soon after. Any thread may use it, or a signal handler.
 
     It holds no lock: a handler runs in the middle of whatever its thread was doing, which might be holding it.
     """
