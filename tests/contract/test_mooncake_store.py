@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from mooncake_service import MooncakeService, bare_client, fresh_run, mooncake_s
 from specforge_core.contracts import FeatureCorrupt, FeatureGone, Sample, SampleRef, StaleRef, StoreError, StoreFull
 from specforge_core.testing.feature_store_suite import FeatureStoreSuite
 from specforge_core.testing.samples import assert_same, make_sample
+from specforge_mooncake_store.connection import Connection
 
 require_mooncake()
 torch.set_num_threads(1)
@@ -26,7 +27,8 @@ SERVICE: MooncakeService
 @pytest.fixture(scope="module", autouse=True)
 def service() -> Iterator[MooncakeService]:
     global SERVICE
-    with mooncake_service() as SERVICE:
+    # Closing a client takes seconds in which no Python runs; stores of one section share it while this one is open.
+    with mooncake_service() as SERVICE, closing(SERVICE.store("kept open")):
         yield SERVICE
 
 
@@ -42,7 +44,7 @@ def tensor_key(ref: SampleRef, feature: str = "aux_hidden_states") -> str:
 
 class TestMooncakeStore(FeatureStoreSuite):
     limits_capacity = False
-    _runs: dict[Path, str] = {}
+    _runs: ClassVar[dict[Path, str]] = {}
 
     def make_store(self, directory: Path, capacity_bytes: int | None = None, token: str | None = None) -> Any:
         return SERVICE.store(self._runs.setdefault(directory, fresh_run()), token=token)
@@ -56,10 +58,9 @@ class TestMooncakeStore(FeatureStoreSuite):
 
 
 def replace_object(key: str, nbytes: int) -> None:
-    content = torch.zeros(nbytes, dtype=torch.uint8)
-    with bare_client(SERVICE) as client:
-        assert client.remove(key, True) == 0
-        assert client.put_from(key, content.data_ptr(), nbytes) == 0
+    with closing(Connection(SERVICE.section())) as connection:
+        connection.remove([key])
+        connection.put([key], [torch.zeros(nbytes, dtype=torch.uint8)])
 
 
 @pytest.fixture

@@ -1,25 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process's client of the service: raw objects in, raw objects out, and the library's answers made exact.
+"""Raw objects in, raw objects out, and the library's answers made exact.
 
-The library answers with numbers, crashes the process when it is used after ``close`` and may be asked for a missing
-master for long. Here every answer is a value or one of two exceptions, and a closed connection refuses.
+The library answers with numbers; here every answer is a value or one of two exceptions. One connection belongs to one
+store; the client under it may be shared (``client``).
 """
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from specforge_core.contracts import StoreError
 
-from specforge_mooncake_store.registration import Registrations
-from specforge_mooncake_store.vendor_environment import limit_waits
+from specforge_mooncake_store.client import CLOSED, Client, acquire, release
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +30,7 @@ LEASE_EXPIRED = -707
 SMALL_BYTES = 4096
 """The longest object that ``read_small`` reads."""
 
-_LEFT = (0, NO_SUCH_KEY, IN_PROGRESS)  # what is being written by nobody any more the master discards by itself
-_CLOSE_SECONDS = 10.0
-_PAUSE_SECONDS = 0.5
+_GONE = (0, NO_SUCH_KEY, IN_PROGRESS)  # what nobody goes on writing the master discards by itself
 
 
 class Unreachable(Exception):
@@ -52,22 +46,13 @@ class StoreHasNoRoom(Exception):
 
 
 class Connection:
-    """A client with its segment. Safe to use from several threads."""
+    """One store's use of the service. Safe to use from several threads; refuses once it was closed."""
 
     def __init__(self, config: MooncakeStoreConfig) -> None:
         self.master = config.master
-        host = config.host or _own_address(config.master)
-        limit_waits(host)
-        library = _import_library()
-        self._client: Any = _set_up(library, config, host)
-        self._registrations = Registrations(self._client) if config.protocol == "rdma" else None
-        self._placement = library.ReplicateConfig()
-        self._placement.with_hard_pin = True  # others are evicted silently when the segments are full
-        if config.segment_bytes:
-            self._placement.preferred_segment = self._client.get_hostname()  # written once, at the speed of memory
-        self._idle = threading.Condition()
-        self._calls = 0
-        self._finalizer = weakref.finalize(self, self._client.close)  # also when the interpreter exits
+        self._client: Client | None = acquire(config)
+        self._release = weakref.finalize(self, release, config)
+        self._release.atexit = False  # at exit the clients themselves are closed
 
     def put(self, keys: Sequence[str], tensors: Sequence[Tensor]) -> None:
         """Store one object per contiguous CPU tensor. After an exception some may be there: the caller removes them.
@@ -75,24 +60,26 @@ class Connection:
         :raises StoreHasNoRoom: there was no room for all.
         :raises Unreachable: it is not known to have gone well. The keys must not be used again.
         """
+        client = self._open_client()
         pointers, sizes = _memory(tensors)
-        with self._calling(pointers, sizes) as client:
-            codes = client.batch_put_from(list(keys), pointers, sizes, self._placement)
+        with client.calling() as library, _registered(client, pointers, sizes):
+            codes = library.batch_put_from(list(keys), pointers, sizes, client.placement)
         if NO_ROOM in codes:
             raise StoreHasNoRoom
         _refuse("put", [code for code in codes if code])
 
     def get_into(self, keys: Sequence[str], tensors: Sequence[Tensor]) -> list[int]:
         """Fill the tensors; bytes read for each key, or the library's negative code."""
+        client = self._open_client()
         pointers, sizes = _memory(tensors)
-        with self._calling(pointers, sizes) as client:
-            return list(client.batch_get_into(list(keys), pointers, sizes))
+        with client.calling() as library, _registered(client, pointers, sizes):
+            return list(library.batch_get_into(list(keys), pointers, sizes))
 
-    def exists(self, keys: Sequence[str]) -> list[bool]:
+    def exist(self, keys: Sequence[str]) -> list[bool]:
         """:raises Unreachable: the master does not say."""
-        with self._calling() as client:
-            codes = client.batch_is_exist(list(keys))
-        _refuse("exists", [code for code in codes if code < 0])
+        with self._open_client().calling() as library:
+            codes = library.batch_is_exist(list(keys))
+        _refuse("exist", [code for code in codes if code < 0])
         return [code == 1 for code in codes]
 
     def remove(self, keys: Sequence[str]) -> None:
@@ -104,11 +91,11 @@ class Connection:
         """
         if not keys:
             return
-        with self._calling() as client:
-            codes = [client.remove(keys[0], True)]
-            if len(keys) > 1 and codes[0] in _LEFT:
-                codes += client.batch_remove(list(keys[1:]), True)
-        _refuse("remove", [code for code in codes if code not in _LEFT])
+        with self._open_client().calling() as library:
+            codes = [library.remove(keys[0], True)]
+            if len(keys) > 1 and codes[0] in _GONE:
+                codes += library.batch_remove(list(keys[1:]), True)
+        _refuse("remove", [code for code in codes if code not in _GONE])
 
     def read_small(self, key: str) -> bytes | None:
         """A small object's bytes, or None where there is no such object.
@@ -132,47 +119,24 @@ class Connection:
 
     @property
     def healthy(self) -> bool:
-        """Whether the master answered lately, and knows this client's segment."""
-        with self._calling() as client:
-            return bool(client.health_check() == 0)
-
-    def close(self) -> None:
-        """Give the segment back, with what lies in it. Idempotent; waits for calls that other threads are in."""
-        with self._idle:
-            client, self._client = self._client, None
-            if client is None:
-                return
-            if self._idle.wait_for(lambda: not self._calls, _CLOSE_SECONDS):
-                self._finalizer()
-
-    def refuse_closed(self) -> None:
-        """:raises StoreError: it was closed."""
-        if self.closed:
-            raise StoreError("this mooncake store was closed")
+        """Whether the master answered lately."""
+        with self._open_client().calling() as library:
+            return bool(library.health_check() == 0)
 
     @property
     def closed(self) -> bool:
         return self._client is None
 
-    @contextmanager
-    def _calling(self, pointers: Sequence[int] = (), sizes: Sequence[int] = ()) -> Iterator[Any]:
-        """The client, which nobody closes meanwhile, with these pieces of memory registered where they must be."""
-        with self._idle:
-            self.refuse_closed()
-            client = self._client
-            self._calls += 1
-        try:
-            with self._registered(pointers, sizes):
-                yield client
-        finally:
-            with self._idle:
-                self._calls -= 1
-                self._idle.notify_all()
+    def close(self) -> None:
+        """Give the client back; with the last of a process go its segment and what lies in it. Idempotent."""
+        self._client = None
+        self._release()
 
-    def _registered(self, pointers: Sequence[int], sizes: Sequence[int]) -> Any:
-        if self._registrations is None or not pointers:
-            return nullcontext()  # TCP reads and writes any memory
-        return self._registrations.hold(list(zip(pointers, sizes, strict=True)))
+    def _open_client(self) -> Client:
+        client = self._client
+        if client is None:
+            raise StoreError(CLOSED)
+        return client
 
 
 def small(content: bytes) -> Tensor:
@@ -186,49 +150,12 @@ def _memory(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return [tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]
 
 
+def _registered(client: Client, pointers: Sequence[int], sizes: Sequence[int]) -> AbstractContextManager[None]:
+    if client.registrations is None:
+        return nullcontext()
+    return client.registrations.hold(list(zip(pointers, sizes, strict=True)))
+
+
 def _refuse(what: str, codes: Sequence[int]) -> None:
     if codes:
         raise Unreachable(what, codes[0])
-
-
-def _own_address(master: str) -> str:
-    """This machine's address on the way to the master."""
-    host, _, port = master.rpartition(":")
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, int(port)))  # sends nothing
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise StoreError(f"no way to {master}: {error}", where="store.master", hint="check store.master") from error
-
-
-def _import_library() -> Any:
-    try:
-        import mooncake.store
-    except ImportError as error:
-        raise StoreError(
-            f"mooncake cannot be imported: {error}",
-            where="store mooncake",
-            hint="pip install 'specforge-mooncake-store[cpu]' (or [cuda]), and the system libraries that it needs: "
-            "apt-get install libibverbs1 libnuma1 libcurl4",
-        ) from error
-    return mooncake.store
-
-
-def _set_up(library: Any, config: MooncakeStoreConfig, host: str) -> Any:
-    """:raises StoreError: the master was not reached within the deadline."""
-    end = time.monotonic() + config.deadline_seconds
-    while True:
-        client = library.MooncakeDistributedStore()
-        code = client.setup(
-            host, "P2PHANDSHAKE", config.segment_bytes, 0, config.protocol, config.rdma_devices, config.master
-        )
-        if code == 0:
-            return client
-        if time.monotonic() + _PAUSE_SECONDS > end:
-            raise StoreError(
-                f"no mooncake master answers at {config.master}, or it does not take this client (code {code})",
-                where="store.master",
-                hint="start one with `specforge services mooncake`, or look at its log",
-            )
-        time.sleep(_PAUSE_SECONDS)

@@ -61,10 +61,10 @@ class Holdings:
             remembered = iter(list(self._held.items()))
         while some := list(islice(remembered, _AT_ONCE)):
             try:
-                exist = self._connection.exists([held.key for _, held in some])
+                there = self._connection.exist([held.key for _, held in some])
             except Unreachable:
                 return
-            gone = [item for item, there in zip(some, exist, strict=True) if not there]
+            gone = [item for item, exists in zip(some, there, strict=True) if not exists]
             with self._lock:
                 for sample_id, held in gone:
                     if self._held.get(sample_id) is held:

@@ -99,7 +99,7 @@ def serve(port: int | None) -> None:
     try:
         holder = Connection(MooncakeStoreConfig(name="mooncake", master=master.address, segment_bytes=memory))
         print(
-            f"# a mooncake master with {memory / 2**30:.1f} GiB of this machine's memory, until Ctrl-C; in the run file:\n"
+            f"# a mooncake master with {memory / 2**30:.1f} GiB of memory, until Ctrl-C; in the run file:\n"
             f"store:\n  name: mooncake\n  master: {master.address}\n  segment_bytes: 0   # the memory is here",
             flush=True,
         )

@@ -162,7 +162,7 @@ class MooncakeStore(FeatureStore):
         specs = on_wire(ref)
         counts = self._connection.get_into(keys, [features[spec.name] for spec in specs]) if keys else []
         whole = counts == [spec.nbytes for spec in specs]
-        if keys and not (whole and self._connection.exists(keys[:1])[0]):
+        if keys and not (whole and self._connection.exist(keys[:1])[0]):
             raise self._missing(ref, specs, counts)
         if not keys and self._read_index(ref.sample_id) != record:
             raise self._missing(ref, specs, counts)
@@ -194,7 +194,6 @@ class MooncakeStore(FeatureStore):
 
     def delete(self, ref: SampleRef) -> None:
         """As the contract says; where the master does not answer, the removal is kept and tried again later."""
-        self._connection.refuse_closed()
         self._generations.saw(ref.generation)
         self._holdings.drop(ref)
         self._removals.add(lambda: self._remove_sample(ref))
