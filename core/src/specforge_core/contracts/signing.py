@@ -30,7 +30,8 @@ def check_signature(ref: SampleRef, *, token: str | None, run_id: str) -> None:
     """:raises AccessDenied: a token is configured and the ref was not signed with it for this run."""
     if token is None:
         return
-    if not hmac.compare_digest(ref.signature.encode(), _signature(ref, token, run_id).encode()):
+    found = ref.signature.encode("utf-8", "surrogatepass")
+    if not hmac.compare_digest(found, _signature(ref, token, run_id).encode()):
         fault = "is not signed" if not ref.signature else "has a signature that this run's token did not make"
         raise AccessDenied(
             f"the ref {fault}: it was forged, altered, or published by another run",
