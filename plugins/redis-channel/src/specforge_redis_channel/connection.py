@@ -30,12 +30,16 @@ _OPEN_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 _LOST = (exceptions.ConnectionError, exceptions.TimeoutError, OSError)
 _REFUSED = (exceptions.AuthenticationError, exceptions.NoPermissionError)
-_HINTS = {
-    "OOM": "its memory is full: raise maxmemory or lower the run's watermarks, and set maxmemory-policy noeviction",
-    "READONLY": "it is a replica: let channel.url name the primary",
-    "MISCONF": "it cannot write its own files: free space on its disk",
-    "WRONGTYPE": "somebody else's data is under this run's keys: use another run.id, or remove them",
-}
+_HINTS: tuple[tuple[type[exceptions.ResponseError], str, str], ...] = (
+    (
+        exceptions.OutOfMemoryError,
+        "",
+        "its memory is full: raise maxmemory or lower the run's watermarks, and set maxmemory-policy noeviction",
+    ),
+    (exceptions.ReadOnlyError, "", "it is a replica: let channel.url name the primary"),
+    (exceptions.ResponseError, "MISCONF", "it cannot write its own files: free space on its disk"),
+    (exceptions.ResponseError, "WRONGTYPE", "other data is under this run's keys: use another run.id, or remove them"),
+)
 
 
 class Script:
@@ -76,7 +80,6 @@ class RedisConnection:
                 retry=Retry(NoBackoff(), 0),
                 socket_timeout=seconds,
                 socket_connect_timeout=seconds,
-                driver_info=None,
             )
             self._connection: Any = pool.make_connection()
         except (ValueError, TypeError, AttributeError, exceptions.RedisError) as error:
@@ -172,7 +175,7 @@ class RedisConnection:
             raise ChannelError(
                 f"the server cannot be reached, tried for {seconds:g} s: {_without_address(error)}",
                 where=self.where,
-                hint="start it, or correct channel.url (rediss:// where it speaks TLS); then run again to go on",
+                hint="start it, or correct channel.url (rediss:// where, and only where, it speaks TLS)",
             ) from None
 
     def _denied(self, error: Exception) -> AccessDenied:
@@ -183,9 +186,8 @@ class RedisConnection:
         )
 
     def _refused(self, error: exceptions.ResponseError) -> ChannelError:
-        text = str(error)
-        code = error.status_code or text.partition(" ")[0]
-        return ChannelError(f"the server refuses: {text}", where=self.where, hint=_HINTS.get(code, ""))
+        hints = (hint for kind, word, hint in _HINTS if isinstance(error, kind) and word in str(error))
+        return ChannelError(f"the server refuses: {error}", where=self.where, hint=next(hints, ""))
 
 
 def _without_address(error: Exception) -> str:

@@ -42,8 +42,8 @@ class Heart:
             if not self._members:
                 self._stop.set()
 
-    def beat(self) -> None:
-        """Beat once, now.
+    def beat(self, *, at_most: float) -> None:
+        """Beat once, now, trying for so many seconds.
 
         :raises ChannelError: the server is not there.
         """
@@ -51,14 +51,14 @@ class Heart:
             with self._lock:
                 words = [plain(word) for member in sorted(self._members) for word in member]
             if words:
-                self._connection.call(lambda: self._connection.run(REFS, "beat", *words), at_most=0.0)
+                self._connection.call(lambda: self._connection.run(REFS, "beat", *words), at_most=at_most)
 
     def _run(self, stop: threading.Event) -> None:
         pause = self._seconds
         while not stop.wait(pause):
             pause = self._seconds / _BEATS_PER_LEASE
             with suppress(SpecForgeError):  # a server that is away is told as soon as it is back
-                self.beat()
+                self.beat(at_most=pause)
                 pause = self._seconds
         with self._calling:
             if not self._members:

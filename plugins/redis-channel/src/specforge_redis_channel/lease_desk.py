@@ -17,6 +17,7 @@ from specforge_redis_channel.connection import LEASES, RedisConnection, plain, t
 from specforge_redis_channel.heart import Heart
 
 _BATCHES_PER_OFFER = 1000
+_BEAT_SECONDS = 5.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
 
 
@@ -48,7 +49,7 @@ class RedisLeaseDesk(LeaseDesk):
                 return Lease(batch=self._batch(found[1]), holder=holder, attempt=int(found[0]))
             if status == b"unknown":
                 self._raise_if_not_open(holder, told)
-                self._heart.beat()  # a server that lost everything does not know its writers yet
+                self._heart.beat(at_most=_BEAT_SECONDS)  # a server that lost everything does not know its writers yet
                 told = True
                 continue
             remaining = deadline - time.monotonic()

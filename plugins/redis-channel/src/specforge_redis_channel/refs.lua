@@ -47,11 +47,14 @@ local function reader_failure(since)
   return text and reason_since(text, since)
 end
 
+-- The number of the last failure. Counted from the time, so that a server that lost everything does not use one again.
 local function failures()
-  return redis.call('HGET', META, 'failures') or '0'
+  redis.call('HSETNX', META, 'failures', NOW)
+  return redis.call('HGET', META, 'failures')
 end
 
 local function new_failure(reason)
+  failures()
   return redis.call('HINCRBY', META, 'failures', 1) .. ' ' .. reason
 end
 
@@ -208,7 +211,7 @@ function operations.ack(session, step, ...)
   even_if_full()
   if not know_reader(session) then return {'replaced'} end
   local entries = {...}
-  if #entries > 0 then redis.call('HSET', META, 'step', step) end
+  if #entries > 0 then redis.call('HSET', META, 'step', step) else make_group() end
   for i = 1, #entries, 5 do
     local id, refs, nbytes = entries[i], tonumber(entries[i + 1]), tonumber(entries[i + 2])
     local before = redis.call('HGET', ACKED, id) or '0 0 0'

@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the redis channel does when its server is killed, stands still, is full or is not ours, or a process dies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis_service import RedisService, fresh_run, redis_service, wait_until
+from specforge_core.contracts import (
+    AccessDenied,
+    CaptureBatch,
+    ChannelError,
+    InFlight,
+    PeerDied,
+    RefReader,
+    RefWriter,
+    SampleRef,
+)
+from specforge_core.testing.samples import make_ref
+
+DEADLINE = 30.0
+HOLDER = """
+import sys, time
+from pathlib import Path
+from specforge_core.contracts import PartContext
+from specforge_redis_channel.channel import RedisChannel
+from specforge_redis_channel.config import RedisChannelConfig
+url, run, name = sys.argv[1:]
+config = RedisChannelConfig(name="redis", url=url, lease_seconds=1.0)
+channel = RedisChannel(config, PartContext(run_id=run, directory=Path()))
+writer = channel.writer(name)
+print(channel.leases().take(name, 10.0).batch.key, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[RedisService]:
+    with redis_service(tmp_path / "redis") as running:
+        yield running
+
+
+def batch(first: int) -> CaptureBatch:
+    return CaptureBatch(split="train", epoch=0, first=first, count=4, wanted=(0, 2), fingerprint="f")
+
+
+def publish_all(writer: RefWriter, refs: list[SampleRef], *, pause: float) -> None:
+    for first in range(0, len(refs), 7):
+        writer.publish(refs[first : first + 7])
+        time.sleep(pause)
+    writer.close()
+
+
+def read_until_drained(reader: RefReader) -> list[SampleRef]:
+    seen: list[SampleRef] = []
+    deadline = time.monotonic() + DEADLINE
+    while not reader.drained and time.monotonic() < deadline:
+        fresh = reader.poll(5, 0.1)
+        seen += fresh
+        reader.ack([ref.sample_id for ref in fresh[:3]], step=1)
+        reader.ack([ref.sample_id for ref in fresh[3:]], step=1)
+    return seen
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """The thread, and what it ended with: a result or an error."""
+    found: list[Any] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except ChannelError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, found
+
+
+def test_a_killed_server_with_its_log_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
+    with redis_service(tmp_path / "redis", appendonly=True) as service, ThreadPoolExecutor(3) as pool:
+        channel = service.channel(fresh_run(), lease_seconds=5.0)
+        writers = [channel.writer(f"capture-{index}") for index in range(2)]
+        reader = channel.reader()
+        refs = [[make_ref(1000 * index + number) for number in range(280)] for index in range(2)]
+        done = [pool.submit(publish_all, w, r, pause=0.03) for w, r in zip(writers, refs, strict=True)]
+        reading = pool.submit(read_until_drained, reader)
+        for _ in range(4):
+            time.sleep(0.3)
+            service.kill()
+            service.restart()
+        for future in done:
+            future.result(DEADLINE)
+        seen = reading.result(DEADLINE)
+        assert sorted(ref.sample_id for ref in seen) == sorted(ref.sample_id for both in refs for ref in both)
+        for index, own in enumerate(refs):
+            assert [ref for ref in seen if int(ref.prompt_id[7:]) // 1000 == index] == own
+        last = channel.writer("capture-2")
+        assert last.in_flight() == InFlight(0, 0)
+        assert list(last.published()) == []
+        last.close()
+        reader.close()
+
+
+def test_a_server_that_comes_back_empty_is_an_empty_channel(service: RedisService) -> None:
+    channel = service.channel(fresh_run())
+    writer, reader, desk = channel.writer("capture-0"), channel.reader(), channel.leases()
+    desk.offer([batch(0), batch(4)])
+    lease = desk.take("capture-0", 5.0)
+    assert lease is not None
+    writer.publish([make_ref(number) for number in range(20)])
+    held = reader.poll(5, 5.0)
+    service.kill()
+    service.restart()
+    assert desk.outstanding() == []
+    desk.finish(lease)
+    reader.ack([ref.sample_id for ref in held], step=1)
+    assert reader.poll(100, 0.1) == []
+    assert writer.in_flight() == InFlight(0, 0)
+    desk.offer([batch(8)])
+    again = desk.take("capture-0", 5.0)
+    assert again is not None
+    assert (again.batch, again.attempt) == (batch(8), 1)
+    writer.publish([make_ref(0), make_ref(50)])
+    assert reader.poll(100, 5.0)[-1] == make_ref(50)
+    reader.ack([make_ref(0).sample_id, make_ref(50).sample_id], step=2)
+    assert writer.in_flight() == InFlight(0, 0)
+    with pytest.raises(ChannelError, match="another process reads"):
+        channel.reader()
+    writer.close()
+    assert reader.poll(1, 10.0) == []
+    assert reader.drained
+    reader.close()
+
+
+def test_a_failure_after_an_empty_restart_is_told(service: RedisService) -> None:
+    channel = service.channel(fresh_run())
+    for number in range(3):
+        channel.writer(f"former-{number}").fail("long ago")
+    writer, reader = channel.writer("capture-0"), channel.reader()
+    service.kill()
+    service.restart()
+    assert reader.poll(1, 0.1) == []
+    writer.fail("the disk is full")
+    with pytest.raises(ChannelError, match="the disk is full"):
+        reader.poll(1, 10.0)
+    reader.close()
+
+
+@pytest.mark.parametrize("what", ["publish", "poll", "take", "in_flight", "ack"])
+def test_a_server_that_stays_away_is_an_error_in_time(service: RedisService, what: str) -> None:
+    channel = service.channel(fresh_run(), reconnect_seconds=0.5)
+    writer, reader, desk = channel.writer("capture-0"), channel.reader(), channel.leases()
+    calls: dict[str, Callable[[], object]] = {
+        "publish": lambda: writer.publish([make_ref(0)]),
+        "poll": lambda: reader.poll(1, 60.0),
+        "take": lambda: desk.take("capture-0", 60.0),
+        "in_flight": writer.in_flight,
+        "ack": lambda: reader.ack(["a"], step=1),
+    }
+    service.kill()
+    begun = time.monotonic()
+    with pytest.raises(ChannelError, match=r"127\.0\.0\.1.* cannot be reached, tried for 0.5 s"):
+        calls[what]()
+    reader.close()
+    desk.close()
+    with pytest.raises(ChannelError, match="cannot be reached"):
+        writer.close()
+    assert time.monotonic() - begun < 10
+    service.restart()
+
+
+def test_a_waiting_call_gives_up_when_its_side_is_closed(service: RedisService) -> None:
+    channel = service.channel(fresh_run(), reconnect_seconds=60.0)
+    reader = channel.reader()
+    thread, found = in_background(lambda: reader.poll(1, 60.0))
+    service.kill()
+    time.sleep(0.3)
+    begun = time.monotonic()
+    reader.close()
+    thread.join(DEADLINE)
+    assert time.monotonic() - begun < 12
+    assert isinstance(found[0], ChannelError)
+    service.restart()
+
+
+def test_a_server_that_stands_still_loses_nothing_and_kills_nobody(service: RedisService) -> None:
+    channel = service.channel(fresh_run(), lease_seconds=1.0, reconnect_seconds=20.0)
+    writer, other, reader, desk = channel.writer("a"), channel.writer("b"), channel.reader(), channel.leases()
+    desk.offer([batch(0), batch(4)])
+    lease = desk.take("a", 5.0)
+    assert lease is not None
+    service.stand_still()
+    publishing, _ = in_background(lambda: writer.publish([make_ref(0), make_ref(1)]))
+    asking, asked = in_background(lambda: channel.leases().take("b", 20.0))
+    polling, polled = in_background(lambda: reader.poll(10, 20.0))
+    time.sleep(3.0)
+    service.go_on()
+    for thread in (publishing, asking, polling):
+        thread.join(DEADLINE)
+        assert not thread.is_alive()
+    assert asked[0].batch == batch(4)
+    assert desk.take("b", 0.5) is None, "the holder lives: only the server stood still"
+    assert polled[0] == [make_ref(0), make_ref(1)]
+    assert reader.poll(10, 0.2) == []
+    assert writer.in_flight().refs == 2
+    desk.finish(lease)
+    assert desk.outstanding() == [batch(4)]
+    for side in (writer, other, reader):
+        side.close()
+
+
+def test_the_lease_of_a_killed_process_comes_back(service: RedisService) -> None:
+    run = fresh_run()
+    channel = service.channel(run)
+    reader, desk = channel.reader(), channel.leases()
+    desk.offer([batch(0)])
+    command = [sys.executable, "-c", HOLDER, service.url, run, "doomed"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == batch(0).key
+        writer = channel.writer("capture-0")
+        assert desk.take("capture-0", 2.5) is None, "it lives, and renews its heartbeat"
+    finally:
+        holder.kill()
+        holder.wait(DEADLINE)
+    lease = desk.take("capture-0", DEADLINE)
+    assert lease is not None
+    assert (lease.batch, lease.attempt) == (batch(0), 2)
+    writer.fail("enough")
+    writer.close()
+    reader.close()
+
+
+def test_a_reader_that_died_is_replaced_and_one_that_lives_is_not(service: RedisService) -> None:
+    run = fresh_run()
+    first = service.channel(run).reader()
+    with pytest.raises(ChannelError, match="another process reads this run's refs, which lives"):
+        service.channel(run).reader()
+    first._heart.leave(first._member)  # no heartbeat any more: what is left of a process that was killed
+    begun = time.monotonic()
+    second = service.channel(run).reader()
+    assert time.monotonic() - begun < 5
+    with pytest.raises(ChannelError, match="another process reads this run's refs now"):
+        first.poll(1, 0.0)
+    second.close()
+
+
+def test_a_capture_process_hears_that_the_trainer_died_with_the_server(service: RedisService) -> None:
+    channel = service.channel(fresh_run())
+    writer, reader = channel.writer("capture-0"), channel.reader()
+    assert writer.in_flight() == InFlight(0, 0)
+    reader._heart.leave(reader._member)
+    reader._connection.close()
+    service.kill()
+    service.restart()
+
+    def told() -> bool:
+        try:
+            writer.in_flight()
+        except PeerDied:
+            return True
+        return False
+
+    wait_until(told)
+    writer.close()
+
+
+def test_a_full_server_says_so_and_goes_on_once_there_is_room(service: RedisService) -> None:
+    channel = service.channel(fresh_run())
+    writer, reader = channel.writer("capture-0"), channel.reader()
+    refs = [make_ref(number) for number in range(100)]
+    writer.publish(refs)
+    service.client().config_set("maxmemory", 100_000)
+    with pytest.raises(ChannelError, match="maxmemory") as raised:
+        writer.publish([make_ref(200)])
+    assert "raise maxmemory" in str(raised.value)
+    assert reader.poll(100, 5.0) == refs
+    reader.ack([ref.sample_id for ref in refs[:60]], step=1)
+    reader.ack([ref.sample_id for ref in refs[60:]], step=2)
+    time.sleep(1.5)
+    assert writer.in_flight() == InFlight(0, 0), "heartbeats go through, too"
+    service.client().config_set("maxmemory", 0)
+    writer.publish([make_ref(201)])
+    assert reader.poll(10, 5.0) == [make_ref(201)]
+    writer.close()
+    reader.close()
+
+
+def test_a_replica_is_refused(service: RedisService) -> None:
+    service.client().replicaof("127.0.0.1", "1")
+    with pytest.raises(ChannelError, match="name the primary"):
+        service.channel(fresh_run()).reader()
+
+
+GARBAGE: list[dict[str, bytes]] = [
+    {"x": b"y"},
+    {"w": b"a", "l": b"[]", "r": b"not json"},
+    {"w": b"a", "l": b"[]", "r": b'[[0,"p",0,1,3]]'},
+    {"w": b"a", "l": b'[["any",[["t","float32",null,[3]]]]]', "r": b'[[0,"p",0,-1,3]]'},
+    {"w": b"a", "l": b'[["any",[["t","evil",null,[3]]]]]', "r": b'[[0,"p",0,1,3]]'},
+    {"w": b"a", "l": b"[]", "r": b"[" * 100_000},
+    {"w": b"a", "l": b"{}", "r": b"{}"},
+    {"w": b"a", "l": b"\xff\xfe", "r": b"\xff"},
+]
+
+
+@pytest.mark.parametrize("fields", GARBAGE, ids=range(len(GARBAGE)))
+def test_what_no_writer_added_is_refused(service: RedisService, fields: dict[str, bytes]) -> None:
+    channel = service.channel(fresh_run())
+    writer, reader = channel.writer("capture-0"), channel.reader()
+    writer.publish([make_ref(0)])
+    stream = f"{reader._connection.base}:refs"
+    number = service.client().xadd(stream, fields)
+    assert reader.poll(10, 5.0) == [make_ref(0)], "what came before is good"
+    for _ in range(2):
+        with pytest.raises(ChannelError, match="was not written by a writer of refs"):
+            reader.poll(10, 0.1)
+    with pytest.raises(ChannelError, match="was not written by a writer of refs"):
+        writer.published()
+    reader.close()
+    service.client().xdel(stream, number)
+    later = channel.reader()
+    assert later.poll(10, 5.0) == [make_ref(0)]
+    writer.close()
+    later.close()
+
+
+def test_a_batch_that_no_desk_offered_is_refused(service: RedisService) -> None:
+    channel = service.channel(fresh_run())
+    desk = channel.leases()
+    desk.offer([batch(0)])
+    service.client().hset(f"{desk._connection.base}:batches", "evil", "7 0 {}")
+    with pytest.raises(ChannelError, match="not written by a desk"):
+        desk.outstanding()
+    desk.close()
+
+
+def test_a_wrong_password_is_denied_and_never_shown(tmp_path: Path) -> None:
+    with redis_service(tmp_path / "redis", password="right-secret") as service:
+        for login in (":wrong-secret@", "", "user:wrong-secret@"):
+            channel = service.channel(fresh_run(), url=f"redis://{login}127.0.0.1:{service.port}/0")
+            with pytest.raises(AccessDenied) as raised:
+                channel.reader()
+            assert "secret" not in str(raised.value)
+        channel = service.channel(fresh_run(), reconnect_seconds=0.5)
+        channel.reader().close()
+        service.kill()
+        with pytest.raises(ChannelError) as raised:
+            channel.leases().outstanding()
+        assert "secret" not in str(raised.value)
+        assert "secret" not in repr(service.section())
+        assert "secret" not in str(service.section().model_dump())
+        service.restart()
+
+
+def test_another_token_or_none_is_denied(service: RedisService) -> None:
+    run = fresh_run()
+    service.channel(run, token="ours").reader().close()
+    for token in ("theirs", None):
+        for attach in (lambda c: c.reader(), lambda c: c.writer("a"), lambda c: c.leases().outstanding()):
+            with pytest.raises(AccessDenied, match="token"):
+                attach(service.channel(run, token=token))
+    assert b"ours" not in b"".join(service.client().hgetall("specforge:{" + run + "}:meta").values())
+    service.channel(fresh_run(), token="theirs").reader().close()
+
+
+def test_tls_with_a_certificate_that_is_trusted_and_without(tmp_path: Path) -> None:
+    with redis_service(tmp_path / "redis", tls=True) as service:
+        channel = service.channel(fresh_run(), url=f"{service.tls_url}?ssl_ca_certs={service.certificate}")
+        writer, reader = channel.writer("capture-0"), channel.reader()
+        writer.publish([make_ref(0)])
+        assert reader.poll(1, 5.0) == [make_ref(0)]
+        writer.close()
+        reader.close()
+        with pytest.raises(ChannelError, match="no secure connection"):
+            service.channel(fresh_run(), url=service.tls_url).reader()
+        plain = f"rediss://127.0.0.1:{service.port}/0"
+        with pytest.raises(ChannelError, match="only where, it speaks TLS"):
+            service.channel(fresh_run(), url=plain, reconnect_seconds=1.0).reader()
+
+
+def test_a_unix_socket_serves_as_well(service: RedisService) -> None:
+    channel = service.channel(fresh_run(), url=f"unix://{service.socket}?db=1")
+    reader = channel.reader()
+    assert reader.poll(1, 0.0) == []
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host", "redis://", "redis://u:p@[::1", "unix://", "redis://host:0", "redis://host?nonsense=1"]
+)
+def test_an_unusable_url_is_refused_without_being_shown(service: RedisService, url: str) -> None:
+    with pytest.raises((ValueError, ChannelError)):
+        service.channel(fresh_run(), url=url).reader()
+
+
+def test_a_stream_is_no_longer_than_what_is_in_flight(service: RedisService) -> None:
+    channel = service.channel(fresh_run())
+    writer, reader = channel.writer("capture-0"), channel.reader()
+    client = service.client()
+    for round_ in range(30):
+        writer.publish([make_ref(100 * round_ + number) for number in range(40)])
+        refs = reader.poll(40, 5.0)
+        reader.ack([ref.sample_id for ref in refs], step=round_)
+    base = reader._connection.base
+    assert client.xlen(f"{base}:refs") == 0
+    assert client.xpending(f"{base}:refs", "reader")["pending"] == 0
+    assert not client.exists(f"{base}:acked")
+    assert sum(client.memory_usage(key) for key in client.scan_iter(f"{base}*")) < 10_000
+    writer.close()
+    reader.close()
