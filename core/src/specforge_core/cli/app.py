@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("measure_commands", "Write an HTML page and pictures about a run."),
     "demo": ("demo_command", "The whole path on a small real target."),
     "plugins": ("plugins_command", "List, check and show installed plugins; write a new one."),
+    "services": ("services_command", "Run the server that a store or channel needs, for development."),
     "schema": ("schema_command", "Print the run file's JSON schema, for editors."),
     "doctor": ("doctor_command", "Say what this machine and environment offer."),
 }
