@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from specforge_core.contracts import (
     LOSS_MASK,
     FeatureGone,
     FeatureStore,
+    LeaseDesk,
     RefReader,
     Sample,
     SampleRef,
@@ -31,9 +32,14 @@ from specforge_core.contracts import (
     Usage,
     sample_id,
 )
+from specforge_core.features.ledger import Ledger, NoLedger
+from specforge_core.loading.backpressure import Watermarks
+from specforge_core.loading.demand import Demand, NothingWanted, PlannedBatch
 from specforge_core.loading.held_out import HeldOut
-from specforge_core.loading.loader import Free, Loader, LoaderParts
+from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
+from specforge_core.loading.planned import plan_epochs
+from specforge_core.loading.supply import Free, Supply, SupplyParts
 from specforge_core.loading.windows import WindowPlan
 from specforge_core.training.evaluator import Evaluator
 from specforge_core.training.metrics_log import MetricsLog
@@ -134,7 +140,10 @@ class Prompts:
 
 @dataclass(kw_only=True)
 class ToyRun:
-    """One run's settings; ``trainer()`` assembles it as the command line would."""
+    """One run's settings; ``trainer()`` assembles it as the command line would.
+
+    :param desk: where the run says what it wants captured; None: everything is captured before, as offline.
+    """
 
     directory: Path
     prompts: int = 14
@@ -155,15 +164,18 @@ class ToyRun:
     observers: tuple[Observer, ...] = ()
     store: FeatureStore = field(default_factory=DictStore)
     reader: RefReader | None = None
+    desk: LeaseDesk | None = None
+    capture_batch_size: int = 3
+    watermarks: Watermarks = field(default_factory=lambda: Watermarks(high_watermark_refs=16, low_watermark_refs=8))
+    check: Callable[[SampleRef], None] = lambda ref: None
 
     def publish_all(self) -> list[SampleRef]:
         """Capture every sample of the run."""
         epochs = 1 if self.reuse_features else self.epochs
-        order = PromptOrder(self.prompts, seed=7, shuffle=True)
         return [
             self.store.put(sample_id(f"p{i}", epoch), self.make_sample(i, epoch))
             for epoch in range(epochs)
-            for i in order.epoch(epoch)
+            for i in self.order.epoch(epoch)
         ]
 
     @property
@@ -178,18 +190,55 @@ class ToyRun:
             world_size=self.parallelism.world_size,
         )
 
-    def loader(self, deadline_seconds: float = 20.0) -> Loader:
+    @property
+    def order(self) -> PromptOrder:
+        return PromptOrder(self.prompts, seed=7, shuffle=True)
+
+    def planned(self, start: int) -> Iterator[PlannedBatch]:
+        """The batches that windows ``start`` and later need."""
+        return plan_epochs(
+            self.plan, self.order, self._describe, size=self.capture_batch_size, fingerprint="toy", start=start
+        )
+
+    def _describe(self, epoch: int) -> Callable[[int], tuple[str, int]]:
+        def describe(index: int) -> tuple[str, int]:
+            specs = self.make_sample(index, epoch).specs()
+            return sample_id(f"p{index}", epoch), sum(spec.nbytes for spec in specs)
+
+        return describe
+
+    def ledger(self) -> Ledger | NoLedger:
+        if self.parallelism.rank != 0:
+            return NoLedger()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return Ledger(self.directory / "ledger.sqlite", run_id="toy")
+
+    def supply(self, deadline_seconds: float = 20.0) -> Supply:
         self.reader = self.reader or QueueReader(self.publish_all())
-        parts = LoaderParts(
+        parts = SupplyParts(
             reader=self.reader,
             store=self.store,
-            strategy=self.strategy,
-            prompts=Prompts(self.prompts),
-            order=PromptOrder(self.prompts, seed=7, shuffle=True),
+            ledger=self.ledger(),
+            demand=NothingWanted() if self.desk is None else Demand(self.desk, self.watermarks),
+            check=self.check,
             progress=SilentProgress(),
             stop=self.stop,
             reuse_features=self.reuse_features,
             free=self.free,
+            deadline_seconds=deadline_seconds,
+        )
+        return Supply(parts)
+
+    def loader(self, deadline_seconds: float = 20.0) -> Loader:
+        parts = LoaderParts(
+            supply=self.supply(deadline_seconds),
+            store=self.store,
+            strategy=self.strategy,
+            prompts=Prompts(self.prompts),
+            order=self.order,
+            planned=self.planned,
+            progress=SilentProgress(),
+            stop=self.stop,
         )
         settings = LoadingSection(deadline_seconds=deadline_seconds)
         return Loader(parts, plan=self.plan, settings=settings, seed=7)

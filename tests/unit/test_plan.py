@@ -55,11 +55,48 @@ def test_bytes_follow_from_the_request(registry: PluginRegistry) -> None:
     json.dumps(composed.as_json())
 
 
-@pytest.mark.parametrize(("topology", "part"), [("offline", "file"), ("colocated", "memory")])
+@pytest.mark.parametrize(
+    ("topology", "part"), [("offline", "file"), ("colocated", "memory"), ("disaggregated", "file")]
+)
 def test_topology_chooses_the_wires(registry: PluginRegistry, topology: str, part: str) -> None:
     composed = plan(registry, topology=topology)
     assert (composed.feature_store.name, composed.ref_channel.name) == (part, part)
     assert composed.feature_reuse == (topology == "offline")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["topology=colocated", "capture.high_watermark_bytes=186880"],
+        ["topology=colocated", "capture.batch_size=32"],
+        ["topology=offline", "capture.batch_size=33", "capture.high_watermark_bytes=1000"],
+    ],
+)
+def test_watermarks_that_just_fit(registry: PluginRegistry, overrides: list[str]) -> None:
+    plan(registry, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("topology", "retain", "expected"),
+    [
+        ("offline", "checkpoint", "never"),
+        ("colocated", None, "window"),
+        ("colocated", "checkpoint", "checkpoint"),
+        ("disaggregated", None, "checkpoint"),
+        ("disaggregated", "window", "window"),
+    ],
+)
+def test_when_features_are_freed(registry: PluginRegistry, topology: str, retain: str | None, expected: str) -> None:
+    composed = plan(registry, topology=topology, loading={"retain": retain})
+    assert composed.retain == expected
+    assert {"never": "kept", "window": "with their window", "checkpoint": "once a checkpoint"}[expected] in (
+        composed.halves()["train"]
+    )
+
+
+@pytest.mark.parametrize(("run", "expected"), [({}, "x"), ({"id": "night-3"}, "night-3")])
+def test_every_process_of_a_run_calls_it_the_same(registry: PluginRegistry, run: dict[str, str], expected: str) -> None:
+    assert plan(registry, run={"directory": "runs/x", **run}).run_id == expected
 
 
 def test_resolved_run_file_gives_the_same_plan_again(registry: PluginRegistry) -> None:
@@ -81,8 +118,14 @@ def test_resolved_run_file_gives_the_same_plan_again(registry: PluginRegistry) -
         (["strategy.layerz=[1]"], ["override 'strategy.layerz=[1]'", "did you mean 'layers'"]),
         (["store.name=memory"], ["not cross-process and durable", "store: {name: file}"]),
         (["channel.name=memory"], ["not durable and replayable", "channel: {name: file}"]),
-        (["topology=disaggregated"], ["cannot be started yet", "topology: offline"]),
-        (["topology=colocated", "capture.high_watermark_bytes=1000"], ["less than two windows", "149504 bytes"]),
+        (["topology=disaggregated", "store.name=memory"], ["not cross-process", "store: {name: file}"]),
+        (["topology=disaggregated", "channel.name=memory"], ["not cross-process", "channel: {name: file}"]),
+        (["topology=colocated", "capture.high_watermark_bytes=1000"], ["less than two windows", "186880 bytes"]),
+        (
+            ["topology=colocated", "capture.high_watermark_bytes=186879"],
+            ["186879 bytes hold less than", "186880 bytes"],
+        ),
+        (["topology=colocated", "capture.batch_size=33"], ["4 windows of 16", "32 samples", "capture batch of 33"]),
         (["topology=colocated", "data.features=x"], ["only `topology: offline` keeps features"]),
         (["training.micro_batch_size=17"], ["17 is more than the 16 samples"]),
         (["training.device=tpu"], ["'tpu' is not cpu, cuda or cuda:N"]),

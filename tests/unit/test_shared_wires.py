@@ -22,13 +22,14 @@ class SlowPart:
 
 def test_halves_that_open_wires_at_once_share_them(tmp_path: Path) -> None:
     part = SimpleNamespace(factory=f"{__name__}:SlowPart")
-    config = SimpleNamespace(run=SimpleNamespace(directory=tmp_path), data=SimpleNamespace(features=None))
+    section = SimpleNamespace(directory=tmp_path, token_file=None)
+    config = SimpleNamespace(run=section, data=SimpleNamespace(features=None))
     plan: Any = SimpleNamespace(
-        config=config, feature_store=part, store_section=None, ref_channel=part, channel_section=None
+        config=config, run_id="r", feature_store=part, store_section=None, ref_channel=part, channel_section=None
     )
     run = Run(plan, stop=StopSignal(), progress=lambda half: SilentProgress())
     opened: list[Any] = []
-    halves = [threading.Thread(target=lambda: opened.append(run.wires("train"))) for _ in range(2)]
+    halves = [threading.Thread(target=lambda: opened.append(run.wires["train"])) for _ in range(2)]
     for half in halves:
         half.start()
     for half in halves:

@@ -23,35 +23,7 @@ from specforge_core.training.evaluator import Evaluation
 from specforge_core.training.window_step import WindowResult
 from toy_run import DictStore, QueueReader, ToyRun, largest_difference, same_bits
 from toy_strategy import MeasuringToyStrategy, ToyStrategy
-
-
-class Recorder:
-    """An observer that remembers, and asks to stop after a step if told so."""
-
-    def __init__(self, stop: StopSignal | None = None, after: int = 0) -> None:
-        self.events: list[str] = []
-        self.results: list[WindowResult] = []
-        self.evaluations: list[Evaluation] = []
-        self._stop = stop
-        self._after = after
-
-    def run_started(self, step: int, total_steps: int) -> None:
-        self.events.append(f"started {step}/{total_steps}")
-
-    def window_trained(self, result: WindowResult) -> None:
-        self.results.append(result)
-        if self._stop is not None and result.step == self._after:
-            self._stop.request("test")
-
-    def evaluated(self, step: int, evaluation: Evaluation) -> None:
-        self.events.append(f"evaluated {step}")
-        self.evaluations.append(evaluation)
-
-    def checkpoint_saved(self, step: int, path: Path) -> None:
-        self.events.append(f"saved {step}")
-
-    def run_finished(self, outcome: str) -> None:
-        self.events.append(outcome)
+from training_recorder import Recorder
 
 
 @pytest.mark.parametrize("strategy", [ToyStrategy(), MeasuringToyStrategy()], ids=["plain", "measuring"])
@@ -179,13 +151,12 @@ def test_a_failing_store_names_the_sample_and_leaves_no_thread(tmp_path: Path) -
 
 
 def test_a_sample_that_was_never_captured_fails_and_keeps_what_was_trained(tmp_path: Path) -> None:
-    store = DictStore()
-    run = ToyRun(directory=tmp_path, store=store, reuse_features=False)
+    run = ToyRun(directory=tmp_path, store=DictStore())
     refs = run.publish_all()
     run.reader = QueueReader(refs[:-1])
     with pytest.raises(DataError, match=refs[-1].sample_id):
         run.trainer().fit()
-    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000011"
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000003"
 
 
 def test_evaluation_sums_counts_before_any_ratio(tmp_path: Path) -> None:

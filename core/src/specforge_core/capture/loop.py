@@ -148,6 +148,7 @@ class CaptureLoop:
     def _publish(self, refs: Sequence[SampleRef]) -> None:
         """All of a batch is published, or none of it stays in the store."""
         try:
+            self._parts.store.sync()
             self._parts.writer.publish([self._parts.sign(ref) for ref in refs])
         except BaseException:
             self._delete(refs)
@@ -163,7 +164,9 @@ class CaptureLoop:
             attempts = 1  # what never worked is more likely wrong than unlucky
         for attempt in range(attempts):
             try:
-                return self._put(batch, prompts)
+                refs = self._put(batch, prompts)
+                self._set_aside_in_a_row = 0
+                return refs
             except TargetError as error:
                 failure = error
                 _log.warning("capturing %s failed (attempt %d): %s", batch.key, attempt + 1, error)

@@ -53,12 +53,16 @@ class Backpressure:
         :param batch: what the next batch would add.
         :param kept_bytes: of samples that are trained and not yet freed.
         """
-        if in_flight.refs < self._watermarks.low_watermark_refs:
+        if self.is_low(in_flight):
             self._decision = Decision.GO
         too_many = in_flight.refs + batch.refs > self._watermarks.high_watermark_refs
         if too_many or not self.has_room(in_flight.nbytes + batch.nbytes + kept_bytes):
             self._decision = Decision.PAUSE
         return self._decision
+
+    def is_low(self, in_flight: InFlight) -> bool:
+        """Whether so little is in flight that capture should go on."""
+        return in_flight.refs < self._watermarks.low_watermark_refs
 
     def has_room(self, nbytes: int) -> bool:
         """Whether so many bytes in all are within the high watermark."""

@@ -68,8 +68,8 @@ class Demand:
 
     @property
     def short_of_room(self) -> bool:
-        """Only samples that wait for a checkpoint keep the next batch from being offered."""
-        if self._next is None or not self._kept:
+        """It is time for the next batch, and samples that wait for a checkpoint keep it from being offered."""
+        if self._next is None or not self._kept or not self._backpressure.is_low(self.in_flight):
             return False
         nbytes = self._nbytes + _size(self._next).nbytes
         return not self._backpressure.has_room(nbytes + self._kept_bytes)
@@ -120,13 +120,9 @@ class Demand:
             self._kept_bytes -= self._kept.pop(sample_id, 0)
 
     def lost(self, sample_ids: Iterable[str]) -> None:
-        """These samples' features are gone after their refs had come: they are wanted again.
-
-        :raises DataError: one of them was offered too often.
-        """
+        """These samples' features are gone after their refs had come: ``offer_again`` will find them."""
         for sample_id in sample_ids:
             self._in_flight[sample_id].here = False
-        self.offer_again(self._desk.outstanding())
 
     def outstanding(self) -> list[CaptureBatch]:
         """What the desk has now. To be asked before the channel is read; see ``offer_again``."""

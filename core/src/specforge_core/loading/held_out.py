@@ -81,8 +81,10 @@ class HeldOutCopy:
         """
         done = {ref.sample_id for ref in self.writer.published()}
         self.progress.begin("held-out features", len(prompt_ids) - len(done))
+        keys = [held_out_sample_id(prompt_id) for prompt_id in prompt_ids]
+        self.supply.forget_deals([key for key in keys if key not in done])
         self.supply.want(only_missing(planned, done))
-        for index, key in enumerate(map(held_out_sample_id, prompt_ids)):
+        for index, key in enumerate(keys):
             if key not in done:
                 self._copy(key, window=-1 - index)  # no window of training has such a number
                 self.progress.advance(1)

@@ -133,6 +133,12 @@ class Supply:
         self._parts.ledger.lost(ids)
         self._book.restore(intact)
         self._parts.demand.lost(ids)
+        self._heal()
+
+    def forget_deals(self, keys: Sequence[str]) -> None:
+        """An earlier session took these samples and did not get to use them: they are wanted anew, whatever comes."""
+        known = self._parts.ledger.find(keys)
+        self._parts.ledger.lost([key for key, entry in known.items() if entry.window is not None])
 
     def trained(self, window: int, refs: Sequence[SampleRef]) -> None:
         """The window is trained, or otherwise done with: its samples are in flight no longer."""

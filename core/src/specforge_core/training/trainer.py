@@ -110,9 +110,11 @@ class Trainer:
                     self.acknowledge(window)  # last: features may now be freed
         except RunStopped:
             self._checkpoint()
+            self._free_covered()
             return "stopped"
         self._evaluate()
         self._checkpoint()
+        self._free_covered()
         return "finished"
 
     def acknowledge(self, window: Window) -> None:
@@ -122,7 +124,11 @@ class Trainer:
         self.loader.acknowledge(window)
         if self.loader.supply.short_of_room:
             self._checkpoint()
-        if self._saved_step == self.state.step:
+        self._free_covered()
+
+    def _free_covered(self) -> None:
+        """Free what a checkpoint of the present step covers; only after its last window is acknowledged."""
+        if self._parallelism.rank == 0 and self._saved_step == self.state.step:
             self.loader.supply.free_covered(self.state.step)
 
     def _windows(self) -> Generator[Window]:
@@ -174,7 +180,6 @@ class Trainer:
                 progress={"epoch": self.state.epoch},
                 score=self._score if self._evaluated_step == self.state.step else None,
             )
-            self.loader.supply.free_covered(self.state.step)
             self.observers.checkpoint_saved(self.state.step, path)
         self._saved_step = self.state.step
 
