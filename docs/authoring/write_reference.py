@@ -52,7 +52,7 @@ SECTIONS: list[tuple[str, list[tuple[str, str]]]] = [
 SUITES = {
     "StrategySuite": ("testing/strategy_suite.py",),
     "TargetEngineSuite": ("testing/target_engine_suite.py",),
-    "FeatureStoreSuite": ("testing/feature_store_suite.py", "testing/store_attaching_suite.py"),
+    "FeatureStoreSuite": ("testing/feature_store_suite.py", "testing/store_access_suite.py"),
     "RefChannelSuite": (
         "testing/ref_channel_suite.py",
         "testing/channel_under_test.py",

@@ -1,25 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of the feature store's contract that takes two stores: what they share, and whom they let in.
+"""Who and what gets at a store's features: ids that would escape, another process, a token that is wrong or missing.
 
 It comes with :class:`specforge_core.testing.feature_store_suite.FeatureStoreSuite`; nobody subclasses it directly.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from specforge_core.contracts import FeatureGone, FeatureStore, SampleRef, StaleRef
+from specforge_core.contracts import FeatureGone, FeatureStore, SampleRef, StaleRef, StoreError
 from specforge_core.testing.conformance import ContractSuite
 from specforge_core.testing.samples import assert_same, make_sample
 
 TOKEN = "the run's shared secret"
+_UNUSUAL_IDS = [
+    *(
+        "",
+        ".",
+        "..",
+        "../outside",
+        "../../outside",
+        "/outside",
+        "a/b",
+        "a\\b",
+        "..\\outside",
+        "~",
+        "*",
+        "%2e%2e%2foutside",
+    ),
+    *("nul\0byte", "line\nbreak", "x" * 300, "é" * 150, "\ud800", " ", "a:b", "a@b", "-rf"),
+    *(".hidden", ".lock", ".aside", ".access", ".counts", "p.lock", "p.deleted", "p.tmp", "p.safetensors"),
+]
 
 
-class StoreAttachingSuite(ContractSuite):
-    """Two stores that were made for one directory, as two processes of a run make them."""
+class StoreAccessSuite(ContractSuite):
+    """One store that is asked for the unusual, and two that were made for one directory, as two processes make them."""
 
     @abstractmethod
     def make_store(self, directory: Path, capacity_bytes: int | None = None, token: str | None = None) -> FeatureStore:
@@ -35,6 +56,12 @@ class StoreAttachingSuite(ContractSuite):
     """False for a store to which nobody can attach: it is asked neither to share its features nor to guard them."""
 
     @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[FeatureStore]:
+        store = self.make_store(tmp_path / "store")
+        yield store
+        store.close()
+
+    @pytest.fixture
     def directory(self, tmp_path: Path) -> Path:
         """One that two stores are made for."""
         if not self.cross_process:
@@ -48,6 +75,35 @@ class StoreAttachingSuite(ContractSuite):
             store.get(ref)
         finally:
             store.close()
+
+    @pytest.mark.parametrize("sample_id", _UNUSUAL_IDS, ids=lambda name: ascii(name)[:12])
+    def test_unusual_ids_are_refused_or_held(self, tmp_path: Path, store: FeatureStore, sample_id: str) -> None:
+        usual = store.put("p.e0", make_sample(1))
+        before = set(tmp_path.iterdir()) | {tmp_path / "store"}
+        try:
+            ref = store.put(sample_id, make_sample())
+        except StoreError:
+            assert store.usage().samples == 1
+        else:
+            assert_same(store.get(ref), make_sample())
+            store.delete(ref)
+        assert_same(store.get(usual), make_sample(1))
+        assert set(tmp_path.iterdir()) <= before
+
+    @pytest.mark.parametrize("sample_id", _UNUSUAL_IDS, ids=lambda name: ascii(name)[:12])
+    def test_refs_with_unusual_ids_reach_nothing(self, tmp_path: Path, store: FeatureStore, sample_id: str) -> None:
+        """A ref comes from a channel: whoever can write there must not have files read or removed."""
+        ref = store.put("p.e0", make_sample())
+        hostile = dataclasses.replace(ref, sample_id=sample_id)
+        kept = [tmp_path / f"outside{suffix}" for suffix in ("", ".safetensors")]
+        for path in kept:
+            path.write_bytes(b"somebody's")
+        with pytest.raises(StoreError):
+            store.get(hostile)
+        with suppress(StoreError):
+            store.delete(hostile)
+        assert_same(store.get(ref), make_sample())
+        assert [path.read_bytes() for path in kept] == [b"somebody's"] * 2
 
     def test_who_attaches_reads_what_another_put(self, directory: Path) -> None:
         first, second = self.make_store(directory), self.make_store(directory)
