@@ -67,6 +67,11 @@ class Demand:
         return InFlight(len(self._in_flight), self._nbytes)
 
     @property
+    def keeps_any(self) -> bool:
+        """Some samples are trained and wait for a checkpoint to be freed."""
+        return bool(self._kept)
+
+    @property
     def short_of_room(self) -> bool:
         """It is time for the next batch, and samples that wait for a checkpoint keep it from being offered."""
         if self._next is None or not self._kept or not self._backpressure.is_low(self.in_flight):
@@ -164,6 +169,10 @@ class NothingWanted(Demand):
 
     def begin(self, planned: Iterator[PlannedBatch], available: Collection[str]) -> None:
         pass
+
+    @property
+    def keeps_any(self) -> bool:
+        return False
 
     @property
     def short_of_room(self) -> bool:

@@ -34,6 +34,7 @@ Free = Literal["never", "window", "checkpoint"]
 
 _TICK_SECONDS = 0.1
 _HEAL_SECONDS = 2.0
+_RELIEF_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,7 @@ class Supply:
 
     def __init__(self, parts: SupplyParts) -> None:
         self._parts = parts
+        self._relieve: Callable[[], None] = _nothing
         self._book = RefBook(
             parts.reader,
             ledger=parts.ledger,
@@ -102,6 +104,10 @@ class Supply:
         available = [] if self._parts.reuse_features else self._parts.ledger.available()
         self._book.restore(available)
         self._parts.demand.begin(planned, {ref.sample_id for ref in available})
+
+    def relieve_by(self, relieve: Callable[[], None]) -> None:
+        """What to do when a wait may be for room that only a checkpoint makes: ``relieve`` writes one."""
+        self._relieve = relieve
 
     def collect(self, keys: Sequence[str], *, what: str, patient: bool) -> bool:
         """Read refs until all of ``keys`` have come; False where they have not and we are not to wait.
@@ -187,6 +193,8 @@ class Supply:
                 raise patience.error(f"{self._arrived(keys, missing, what)}", sample=missing[0])
             if patience.heals() and self._heal():
                 patience.renew()
+            if self._parts.demand.keeps_any and (self.short_of_room or patience.waited > _RELIEF_SECONDS):
+                self._relieve()
             still = self._book.missing(keys)
             if len(still) < len(missing):
                 patience.renew()
@@ -234,6 +242,10 @@ class Supply:
         )
 
 
+def _nothing() -> None:
+    pass
+
+
 class _Patience:
     """One wait: how long it still lasts, and what to say when it does not."""
 
@@ -245,6 +257,11 @@ class _Patience:
 
     def renew(self) -> None:
         self._until = time.monotonic() + self._seconds
+
+    @property
+    def waited(self) -> float:
+        """Seconds since something last came."""
+        return self._seconds - (self._until - time.monotonic())
 
     @property
     def ended(self) -> bool:

@@ -99,6 +99,7 @@ class Trainer:
         self._parts.progress.begin("training", total)
         self._parts.progress.advance(self.state.step)
         try:
+            self.loader.supply.relieve_by(self._checkpoint)
             with closing(self._windows()) as windows:
                 for window in windows:  # one window is one optimizer step
                     result = self.step.run(window)  # forward, backward, clip, update
