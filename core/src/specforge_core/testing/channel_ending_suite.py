@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from specforge_core.contracts import ChannelError, ChannelFailed, PeerDied, RefChannel, RefReader, RefWriter
-from specforge_core.testing.channel_under_test import WAIT_SECONDS, ChannelUnderTest, raised_in_time, read_all
+from specforge_core.testing.channel_under_test import ChannelUnderTest
 from specforge_core.testing.samples import make_ref
 
 
@@ -19,15 +19,15 @@ class ChannelEndingSuite(ChannelUnderTest):
         writer.publish([make_ref(0)])
         writer.fail("the target ran out of memory")
         with pytest.raises(ChannelFailed, match="the target ran out of memory"):
-            reader.poll(1, WAIT_SECONDS)
+            reader.poll(1, self.wait_seconds)
         assert not reader.drained
 
     def test_writer_failure_ends_a_waiting_poll(self, writer: RefWriter, reader: RefReader) -> None:
         timer = threading.Timer(0.1, writer.fail, ["gone"])
         timer.start()
         with pytest.raises(ChannelFailed, match="gone"):
-            reader.poll(1, WAIT_SECONDS)
-        timer.join(WAIT_SECONDS)
+            reader.poll(1, self.wait_seconds)
+        timer.join(self.wait_seconds)
 
     def test_reader_failure_reaches_every_writer(self, channel: RefChannel, reader: RefReader) -> None:
         writers = [channel.writer(f"capture-{index}") for index in range(2)]
@@ -50,7 +50,7 @@ class ChannelEndingSuite(ChannelUnderTest):
         writer.close()
         writer.fail("second")
         with pytest.raises(ChannelFailed, match="first"):
-            reader.poll(1, WAIT_SECONDS)
+            reader.poll(1, self.wait_seconds)
 
     def test_closed_reader_refuses(self, reader: RefReader) -> None:
         reader.close()
@@ -66,25 +66,25 @@ class ChannelEndingSuite(ChannelUnderTest):
         assert again.in_flight().refs == 2
         again.publish([make_ref(2)])
         assert list(again.published()) == [make_ref(0), make_ref(1), make_ref(2)]
-        assert read_all(reader, 3) == [make_ref(0), make_ref(1), make_ref(2)]
+        assert self.read_all(reader, 3) == [make_ref(0), make_ref(1), make_ref(2)]
         again.close()
-        assert reader.poll(1, WAIT_SECONDS) == []
+        assert reader.poll(1, self.wait_seconds) == []
         assert reader.drained
 
     def test_a_failure_is_told_to_the_reader_of_that_time_only(self, channel: RefChannel, writer: RefWriter) -> None:
         writer.publish([make_ref(0)])
         writer.fail("the target ran out of memory")
         reader = channel.reader()
-        assert read_all(reader, 1) == [make_ref(0)]
+        assert self.read_all(reader, 1) == [make_ref(0)]
         with pytest.raises(PeerDied):
-            reader.poll(1, WAIT_SECONDS)
+            reader.poll(1, self.wait_seconds)
         again = channel.writer("capture-1")
         assert reader.poll(1, 0.05) == []
         again.publish([make_ref(1)])
-        assert read_all(reader, 1) == [make_ref(1)]
+        assert self.read_all(reader, 1) == [make_ref(1)]
         again.fail("and again")
         with pytest.raises(ChannelFailed, match="and again"):
-            reader.poll(1, WAIT_SECONDS)
+            reader.poll(1, self.wait_seconds)
         reader.close()
 
     def test_a_readers_failure_does_not_stop_its_successor(self, channel: RefChannel, reader: RefReader) -> None:
@@ -94,7 +94,7 @@ class ChannelEndingSuite(ChannelUnderTest):
         writer = channel.writer("capture-0")
         writer.publish([make_ref(0)])
         assert writer.in_flight().refs == 1
-        assert read_all(successor, 1) == [make_ref(0)]
+        assert self.read_all(successor, 1) == [make_ref(0)]
         writer.close()
         successor.close()
 
@@ -114,8 +114,8 @@ class ChannelEndingSuite(ChannelUnderTest):
         writer.fail("interrupted")
         opened_again.seal()
         reader = channel.reader()
-        assert sorted(ref.prompt_id for ref in read_all(reader, 2)) == ["prompt-0", "prompt-1"]
-        assert reader.poll(1, WAIT_SECONDS) == []
+        assert sorted(ref.prompt_id for ref in self.read_all(reader, 2)) == ["prompt-0", "prompt-1"]
+        assert reader.poll(1, self.wait_seconds) == []
         assert reader.drained
         reader.close()
 
@@ -125,10 +125,10 @@ class ChannelEndingSuite(ChannelUnderTest):
         assert reader.poll(1, 0.05) == []
         assert not reader.drained
         writer.publish([make_ref(0)])
-        assert read_all(reader, 1) == [make_ref(0)]
+        assert self.read_all(reader, 1) == [make_ref(0)]
         writer.close()
         channel.seal()
-        assert reader.poll(1, WAIT_SECONDS) == []
+        assert reader.poll(1, self.wait_seconds) == []
         assert reader.drained
         reader.close()
 
@@ -136,28 +136,28 @@ class ChannelEndingSuite(ChannelUnderTest):
         self, channel: RefChannel, writer: RefWriter, reader: RefReader
     ) -> None:
         writer.publish([make_ref(0), make_ref(1)])
-        assert reader.poll(1, WAIT_SECONDS) == [make_ref(0)]
+        assert reader.poll(1, self.wait_seconds) == [make_ref(0)]
         self.kill_writer(channel, writer)
-        assert reader.poll(1, WAIT_SECONDS) == [make_ref(1)]
-        assert raised_in_time(lambda: reader.poll(1, 0.1), PeerDied)
+        assert reader.poll(1, self.wait_seconds) == [make_ref(1)]
+        assert self.raised_in_time(lambda: reader.poll(1, 0.1), PeerDied)
         assert not reader.drained
 
     def test_one_living_writer_is_enough(self, channel: RefChannel, writer: RefWriter, reader: RefReader) -> None:
         doomed = channel.writer("capture-1")
         doomed.publish([make_ref(0)])
         self.kill_writer(channel, doomed)
-        assert read_all(reader, 1) == [make_ref(0)]
+        assert self.read_all(reader, 1) == [make_ref(0)]
         assert reader.poll(1, 0.5) == []
         writer.close()
-        assert raised_in_time(lambda: reader.poll(1, 0.1), PeerDied)
+        assert self.raised_in_time(lambda: reader.poll(1, 0.1), PeerDied)
 
     def test_sealing_closes_a_dead_writer(self, channel: RefChannel, writer: RefWriter) -> None:
         writer.publish([make_ref(0)])
         self.kill_writer(channel, writer)
         channel.seal()
         reader = channel.reader()
-        assert read_all(reader, 1) == [make_ref(0)]
-        assert reader.poll(1, WAIT_SECONDS) == []
+        assert self.read_all(reader, 1) == [make_ref(0)]
+        assert reader.poll(1, self.wait_seconds) == []
         assert reader.drained
         reader.close()
 
@@ -167,11 +167,11 @@ class ChannelEndingSuite(ChannelUnderTest):
         writer.publish([make_ref(0)])
         assert writer.in_flight().refs == 1
         self.kill_reader(channel, reader)
-        assert raised_in_time(writer.in_flight, PeerDied)
+        assert self.raised_in_time(writer.in_flight, PeerDied)
         writer.publish([make_ref(1)])
         successor = channel.reader()
         assert writer.in_flight().refs == 2
-        assert read_all(successor, 2 if self.replayable else 1)[-1] == make_ref(1)
+        assert self.read_all(successor, 2 if self.replayable else 1)[-1] == make_ref(1)
         successor.close()
 
     def test_a_later_reader_gets_what_nobody_acked(
@@ -181,19 +181,19 @@ class ChannelEndingSuite(ChannelUnderTest):
         refs = [make_ref(number) for number in range(6)]
         writer.publish(refs)
         former = channel.reader()
-        assert former.poll(4, WAIT_SECONDS) == refs[:4]
+        assert former.poll(4, self.wait_seconds) == refs[:4]
         former.ack([refs[0].sample_id, refs[2].sample_id], step=1)
         former.close()
         writer.publish([make_ref(0, generation=2)])
         later = opened_again.reader()
-        assert read_all(later, 5) == [refs[1], *refs[3:], make_ref(0, generation=2)]
+        assert self.read_all(later, 5) == [refs[1], *refs[3:], make_ref(0, generation=2)]
         later.ack([ref.sample_id for ref in refs], step=2)
         assert writer.in_flight().refs == 0
         later.close()
         last = channel.reader()
         assert last.poll(10, 0.1) == []
         writer.publish([make_ref(7)])
-        assert read_all(last, 1) == [make_ref(7)]
+        assert self.read_all(last, 1) == [make_ref(7)]
         last.close()
 
     def test_a_sealed_channel_is_read_in_full_until_it_is_acked(self, channel: RefChannel, writer: RefWriter) -> None:
@@ -203,15 +203,15 @@ class ChannelEndingSuite(ChannelUnderTest):
         writer.close()
         for _ in range(3):
             reader = channel.reader()
-            assert read_all(reader, 5) == refs
+            assert self.read_all(reader, 5) == refs
             assert reader.drained
             reader.close()
         reader = channel.reader()
-        assert read_all(reader, 5) == refs
+        assert self.read_all(reader, 5) == refs
         reader.ack([ref.sample_id for ref in refs], step=1)
         reader.close()
         reader = channel.reader()
-        assert reader.poll(10, WAIT_SECONDS) == []
+        assert reader.poll(10, self.wait_seconds) == []
         assert reader.drained
         reader.close()
 

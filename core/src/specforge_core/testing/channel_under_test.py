@@ -16,28 +16,16 @@ from specforge_core.testing.conformance import ContractSuite
 WAIT_SECONDS = 20.0
 
 
-def read_all(reader: RefReader, count: int, *, max_refs: int = 1000) -> list[SampleRef]:
+def read_all(reader: RefReader, count: int, *, seconds: float = WAIT_SECONDS) -> list[SampleRef]:
     """Poll until ``count`` refs came, the channel is drained or time is up."""
     refs: list[SampleRef] = []
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + seconds
     while len(refs) < count and time.monotonic() < deadline:
-        fresh = reader.poll(max_refs, 0.2)
+        fresh = reader.poll(1000, 0.2)
         refs += fresh
         if not fresh and reader.drained:
             break
     return refs
-
-
-def raised_in_time(call: Callable[[], object], expected: type[Exception]) -> bool:
-    """Whether ``call``, made again and again, raised that error before time was up."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            call()
-        except expected:
-            return True
-        time.sleep(0.02)
-    return False
 
 
 class ChannelUnderTest(ContractSuite):
@@ -47,6 +35,9 @@ class ChannelUnderTest(ContractSuite):
     """As the descriptor says: refs that no reader acked are read again by a later reader."""
     cross_process = False
     """As the descriptor says. Then ``make_channel`` of a directory it knows opens that channel again."""
+
+    wait_seconds = WAIT_SECONDS
+    """How long a test waits for what must come; a negative control waits for what does not."""
 
     @abstractmethod
     def make_channel(self, directory: Path) -> RefChannel:
@@ -59,6 +50,21 @@ class ChannelUnderTest(ContractSuite):
     def kill_reader(self, channel: RefChannel, reader: RefReader) -> None:
         """End a reader as the death of its process would. Its ``close`` then does nothing."""
         pytest.skip("this suite was not told how a reader dies")
+
+    def read_all(self, reader: RefReader, count: int) -> list[SampleRef]:
+        """Poll until ``count`` refs came, the channel is drained or time is up."""
+        return read_all(reader, count, seconds=self.wait_seconds)
+
+    def raised_in_time(self, call: Callable[[], object], expected: type[Exception]) -> bool:
+        """Whether ``call``, made again and again, raised that error before time was up."""
+        deadline = time.monotonic() + self.wait_seconds
+        while time.monotonic() < deadline:
+            try:
+                call()
+            except expected:
+                return True
+            time.sleep(0.02)
+        return False
 
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from specforge_core.contracts import InFlight, RefChannel, RefReader, RefWriter, SampleRef, check_signature, sign
-from specforge_core.testing.channel_under_test import WAIT_SECONDS, ChannelUnderTest, read_all
+from specforge_core.testing.channel_under_test import ChannelUnderTest
 from specforge_core.testing.samples import make_ref
 
 
@@ -24,7 +24,7 @@ class RefDeliverySuite(ChannelUnderTest):
         refs = [make_ref(number, epoch=number % 3) for number in range(50)]
         writer.publish(refs[:20])
         writer.publish(refs[20:])
-        assert read_all(reader, 50) == refs
+        assert self.read_all(reader, 50) == refs
 
     def test_unusual_refs_arrive_identical(self, writer: RefWriter, reader: RefReader) -> None:
         plain = make_ref(0)
@@ -40,12 +40,12 @@ class RefDeliverySuite(ChannelUnderTest):
             dataclasses.replace(plain, features=tuple(reversed(plain.features))),
         ]
         writer.publish(refs)
-        assert read_all(reader, len(refs)) == refs
+        assert self.read_all(reader, len(refs)) == refs
 
     def test_signatures_travel(self, writer: RefWriter, reader: RefReader) -> None:
         refs = [sign(make_ref(number), token="secret", run_id="run") for number in range(3)]
         writer.publish(refs)
-        found = read_all(reader, 3)
+        found = self.read_all(reader, 3)
         assert found == refs
         for ref in found:
             check_signature(ref, token="secret", run_id="run")
@@ -57,9 +57,9 @@ class RefDeliverySuite(ChannelUnderTest):
 
     def test_nothing_is_delivered_twice(self, writer: RefWriter, reader: RefReader) -> None:
         writer.publish([make_ref(0)])
-        assert len(read_all(reader, 1)) == 1
+        assert len(self.read_all(reader, 1)) == 1
         writer.publish([make_ref(1)])
-        assert read_all(reader, 1) == [make_ref(1)]
+        assert self.read_all(reader, 1) == [make_ref(1)]
         assert reader.poll(10, 0.05) == []
 
     def test_publishing_nothing_is_nothing(self, writer: RefWriter, reader: RefReader) -> None:
@@ -70,7 +70,7 @@ class RefDeliverySuite(ChannelUnderTest):
     def test_reader_may_come_late(self, channel: RefChannel, writer: RefWriter) -> None:
         writer.publish([make_ref(0)])
         reader = channel.reader()
-        assert read_all(reader, 1) == [make_ref(0)]
+        assert self.read_all(reader, 1) == [make_ref(0)]
         reader.close()
 
     def test_order_holds_per_writer(self, channel: RefChannel, reader: RefReader) -> None:
@@ -78,31 +78,31 @@ class RefDeliverySuite(ChannelUnderTest):
         for round_ in range(5):
             for index, writer in enumerate(writers):
                 writer.publish([make_ref(100 * index + round_)])
-        numbers = [int(ref.prompt_id.removeprefix("prompt-")) for ref in read_all(reader, 15)]
+        numbers = [int(ref.prompt_id.removeprefix("prompt-")) for ref in self.read_all(reader, 15)]
         for index in range(3):
             assert [n for n in numbers if n // 100 == index] == [100 * index + round_ for round_ in range(5)]
         for writer in writers:
             writer.close()
-        assert reader.poll(1, WAIT_SECONDS) == []
+        assert reader.poll(1, self.wait_seconds) == []
         assert reader.drained
 
     def test_drained_once_all_closed_and_delivered(self, channel: RefChannel, reader: RefReader) -> None:
         first, second = channel.writer("capture-0"), channel.writer("capture-1")
         first.publish([make_ref(0)])
         first.close()
-        assert read_all(reader, 1)
+        assert self.read_all(reader, 1)
         assert not reader.drained
         second.publish([make_ref(1)])
         second.close()
         assert not reader.drained
-        assert read_all(reader, 1)
+        assert self.read_all(reader, 1)
         assert reader.drained
 
     def test_drained_channel_does_not_wait(self, writer: RefWriter, reader: RefReader) -> None:
         writer.close()
         begun = time.monotonic()
-        assert reader.poll(1, WAIT_SECONDS) == []
-        assert time.monotonic() - begun < WAIT_SECONDS / 2
+        assert reader.poll(1, self.wait_seconds) == []
+        assert time.monotonic() - begun < self.wait_seconds / 2
 
     def test_nobody_wrote_yet_is_not_drained(self, reader: RefReader) -> None:
         assert reader.poll(1, 0.05) == []
@@ -118,15 +118,15 @@ class RefDeliverySuite(ChannelUnderTest):
         timer = threading.Timer(0.1, writer.publish, [[make_ref(0)]])
         timer.start()
         begun = time.monotonic()
-        assert reader.poll(10, WAIT_SECONDS) == [make_ref(0)]
-        assert time.monotonic() - begun < WAIT_SECONDS / 2
-        timer.join(WAIT_SECONDS)
+        assert reader.poll(10, self.wait_seconds) == [make_ref(0)]
+        assert time.monotonic() - begun < self.wait_seconds / 2
+        timer.join(self.wait_seconds)
 
     def test_in_flight_counts_refs_and_bytes(self, writer: RefWriter, reader: RefReader) -> None:
         refs = [make_ref(number) for number in range(4)]
         writer.publish(refs)
         assert writer.in_flight() == InFlight(4, sum(ref.nbytes for ref in refs))
-        read_all(reader, 4)
+        self.read_all(reader, 4)
         assert writer.in_flight().refs == 4
         reader.ack([refs[0].sample_id, refs[2].sample_id], step=1)
         assert writer.in_flight() == InFlight(2, refs[1].nbytes + refs[3].nbytes)
@@ -140,7 +140,7 @@ class RefDeliverySuite(ChannelUnderTest):
         second.publish([make_ref(1), make_ref(2)])
         assert first.in_flight() == second.in_flight()
         assert first.in_flight().refs == 3
-        read_all(reader, 3)
+        self.read_all(reader, 3)
         reader.ack([make_ref(1).sample_id], step=1)
         assert first.in_flight().refs == second.in_flight().refs == 2
         first.close()
@@ -148,11 +148,11 @@ class RefDeliverySuite(ChannelUnderTest):
 
     def test_published_again_is_in_flight_again(self, writer: RefWriter, reader: RefReader) -> None:
         writer.publish([make_ref(0)])
-        read_all(reader, 1)
+        self.read_all(reader, 1)
         reader.ack([make_ref(0).sample_id], step=1)
         writer.publish([make_ref(0, generation=2)])
         assert writer.in_flight().refs == 1
-        assert read_all(reader, 1) == [make_ref(0, generation=2)]
+        assert self.read_all(reader, 1) == [make_ref(0, generation=2)]
         reader.ack([make_ref(0).sample_id], step=2)
         assert writer.in_flight() == InFlight(0, 0)
 
@@ -163,7 +163,7 @@ class RefDeliverySuite(ChannelUnderTest):
             writer.publish([make_ref(0), dataclasses.replace(make_ref(1), **changes)])
         assert reader.poll(10, 0.05) == []
         writer.publish([make_ref(2)])
-        assert read_all(reader, 1) == [make_ref(2)]
+        assert self.read_all(reader, 1) == [make_ref(2)]
 
     def test_threads_publish_while_one_polls(self, channel: RefChannel, reader: RefReader) -> None:
         def publish(index: int) -> None:
@@ -173,7 +173,7 @@ class RefDeliverySuite(ChannelUnderTest):
             writer.close()
 
         seen: list[SampleRef] = []
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + self.wait_seconds
         with ThreadPoolExecutor(3) as pool:
             done = [pool.submit(publish, index) for index in range(3)]
             while len(seen) < 180 and time.monotonic() < deadline:
@@ -181,14 +181,14 @@ class RefDeliverySuite(ChannelUnderTest):
                 reader.ack([ref.sample_id for ref in fresh], step=1)
                 seen += fresh
             for future in done:
-                future.result(timeout=WAIT_SECONDS)
+                future.result(timeout=self.wait_seconds)
         assert len({ref.sample_id for ref in seen}) == len(seen) == 180
 
     def test_published_is_what_no_reader_acked(self, channel: RefChannel, reader: RefReader) -> None:
         first, second = channel.writer("capture-0"), channel.writer("capture-1")
         first.publish([make_ref(number) for number in range(4)])
         second.publish([make_ref(number) for number in range(10, 14)])
-        read_all(reader, 8)
+        self.read_all(reader, 8)
         reader.ack([make_ref(1).sample_id, make_ref(13).sample_id], step=1)
         for writer in (first, second):
             published = list(writer.published())
@@ -208,7 +208,7 @@ class RefDeliverySuite(ChannelUnderTest):
 
     def test_published_knows_generations_apart(self, writer: RefWriter, reader: RefReader) -> None:
         writer.publish([make_ref(0), make_ref(1)])
-        read_all(reader, 2)
+        self.read_all(reader, 2)
         reader.ack([make_ref(0).sample_id], step=1)
         writer.publish([make_ref(0, generation=2), make_ref(1, generation=2)])
         assert list(writer.published()) == [make_ref(0, generation=2), make_ref(1, generation=2)]
