@@ -148,5 +148,9 @@ def _say_outcome(run: Run, outcome: Outcome) -> None:
         text = f"{run.stop.reason}; checkpoint at step {step} of {total}. The same command goes on from there."
         messages.print(text, markup=False, highlight=False)
         raise typer.Exit(EXIT_INTERRUPTED)
+    skipped = run.train_end.supply.skipped
+    if skipped:
+        text = f"{skipped} samples could not be captured; their windows trained without them"
+        messages.print(text, markup=False, highlight=False)
     text = f"trained {step} steps; next: specforge export {directory}, specforge bench {directory}"
     messages.print(text, markup=False, highlight=False)
