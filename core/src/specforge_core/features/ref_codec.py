@@ -87,21 +87,22 @@ class RefDecoder:
         number, prompt_id, epoch, generation, num_tokens = record[:5]
         own_id = record[5] if len(record) > 5 else None
         signature = record[6] if len(record) > 6 else ""
-        if not all(type(n) is int and n >= 0 for n in (number, epoch, generation, num_tokens)):
+        counts = type(number) is type(epoch) is type(generation) is type(num_tokens) is int
+        if not counts or number < 0 or epoch < 0 or generation < 0 or num_tokens < 0:
             raise ValueError("layout, epoch, generation and tokens are counts")
         if type(prompt_id) is not str or type(signature) is not str or type(own_id) not in (str, type(None)):
             raise ValueError("ids and signature are text")
         if number >= len(self.layouts):
             raise ValueError(f"layout {number} was not recorded")
-        return SampleRef(
-            sample_id=sample_id(prompt_id, epoch) if own_id is None else own_id,
-            generation=generation,
-            store=self.layouts[number][0],
-            features=self._features(number, num_tokens),
-            num_tokens=num_tokens,
-            prompt_id=prompt_id,
-            epoch=epoch,
-            signature=signature,
+        return SampleRef(  # by position: it is made once per ref
+            sample_id(prompt_id, epoch) if own_id is None else own_id,
+            generation,
+            self.layouts[number][0],
+            self._specs.get((number, num_tokens)) or self._features(number, num_tokens),
+            num_tokens,
+            prompt_id,
+            epoch,
+            signature,
         )
 
     def _features(self, number: int, num_tokens: int) -> tuple[FeatureSpec, ...]:

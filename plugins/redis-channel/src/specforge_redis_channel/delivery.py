@@ -8,7 +8,7 @@ found again by what stands there: a ref that was delivered and not acked is reco
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from specforge_core.contracts import ChannelError, SampleRef
@@ -25,6 +25,7 @@ class Entry:
     acked: int = 0
     acked_refs: int = 0
     acked_bytes: int = 0
+    _places: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -36,11 +37,12 @@ class Entry:
             self.acked_refs += 1
             self.acked_bytes += self.refs[index].nbytes
 
-
-@dataclass(slots=True)
-class _Held:
-    generation: int
-    places: list[tuple[Entry, int]] = field(default_factory=list)
+    def mark_sample(self, sample_id: str) -> None:
+        if not self._places:
+            for index, ref in enumerate(self.refs):
+                self._places.setdefault(ref.sample_id, []).append(index)
+        for index in self._places.get(sample_id, ()):
+            self.mark(index)
 
 
 class Delivery:
@@ -49,8 +51,12 @@ class Delivery:
     def __init__(self, decoder: EntryDecoder) -> None:
         self._decoder = decoder
         self._fetched: deque[tuple[RawEntry, int]] = deque()
-        self._ready: deque[tuple[Entry, int]] = deque()
-        self._held: dict[str, _Held] = {}
+        self._ready: deque[tuple[Entry, Sequence[int]]] = deque()
+        self._held: dict[str, Entry] = {}
+        self._held_before: dict[str, list[Entry]] = {}
+        """Of samples that were published again and delivered again before they were acked."""
+        self._unplaced: dict[str, int] = {}
+        """Generations of what was delivered over an earlier connection, and was not yet found again."""
 
     @property
     def idle(self) -> bool:
@@ -59,7 +65,7 @@ class Delivery:
 
     def wanted(self, max_refs: int) -> int:
         """At most how many entries it takes to deliver so many refs."""
-        return 0 if self._fetched else max(0, max_refs - len(self._ready))
+        return 0 if self._fetched else max(0, max_refs - sum(len(indexes) for _, indexes in self._ready))
 
     def add(self, entries: Iterable[RawEntry], acked: Mapping[bytes, int] | None = None) -> None:
         """Take in entries, of which some refs may be acked: a bit per ref."""
@@ -69,8 +75,11 @@ class Delivery:
         """The server may have changed: what was fetched is fetched again, what is held is looked for again."""
         self._fetched.clear()
         self._ready.clear()
-        for held in self._held.values():
-            held.places.clear()
+        for entry in {id(entry): entry for entry in self._held.values()}.values():
+            held = (ref for ref in entry.refs if self._held.get(ref.sample_id) is entry)
+            self._unplaced.update((ref.sample_id, ref.generation) for ref in held)
+        self._held.clear()
+        self._held_before.clear()
 
     def sort_in(self) -> None:
         """Read everything that was fetched.
@@ -88,9 +97,7 @@ class Delivery:
         refs: list[SampleRef] = []
         while len(refs) < max_refs and not self.idle:
             if self._ready:
-                entry, index = self._ready.popleft()
-                self._hold(entry.refs[index], (entry, index))
-                refs.append(entry.refs[index])
+                refs += self._deliver_of_one(max_refs - len(refs))
             elif not self._try_next(raising=not refs):
                 break
         return refs
@@ -99,16 +106,33 @@ class Delivery:
         """Mark what was delivered of these samples as acked; the entries that it changes."""
         changed: dict[bytes, Entry] = {}
         for sample_id in sample_ids:
-            held = self._held.get(sample_id)
-            for entry, index in held.places if held else ():
-                entry.mark(index)
-                changed[entry.number] = entry
+            if sample_id in self._held:
+                for entry in (self._held[sample_id], *self._held_before.get(sample_id, ())):
+                    entry.mark_sample(sample_id)
+                    changed[entry.number] = entry
         return list(changed.values())
 
     def drop(self, sample_ids: Iterable[str]) -> None:
         """These are acked in the server, too."""
         for sample_id in sample_ids:
             self._held.pop(sample_id, None)
+            self._held_before.pop(sample_id, None)
+            self._unplaced.pop(sample_id, None)
+
+    def _deliver_of_one(self, count: int) -> list[SampleRef]:
+        entry, indexes = self._ready.popleft()
+        if len(indexes) > count:
+            self._ready.appendleft((entry, indexes[count:]))
+        refs = [entry.refs[index] for index in indexes[:count]]
+        for ref in refs:
+            self._hold(ref.sample_id, entry)
+        return refs
+
+    def _hold(self, sample_id: str, entry: Entry) -> None:
+        before = self._held.get(sample_id)
+        if before is not None and before is not entry:
+            self._held_before.setdefault(sample_id, []).append(before)
+        self._held[sample_id] = entry
 
     def _try_next(self, *, raising: bool) -> bool:
         """Read the next entry. What was delivered before a bad one must reach the caller first."""
@@ -125,16 +149,20 @@ class Delivery:
         _, refs = self._decoder.decode(raw)
         self._fetched.popleft()
         entry = Entry(raw[0], refs)
-        for index, ref in enumerate(refs):
-            held = self._held.get(ref.sample_id)
-            if bits >> index & 1:
-                entry.mark(index)
-            elif held is not None and held.generation == ref.generation and not held.places:
-                held.places.append((entry, index))
-            else:
-                self._ready.append((entry, index))
+        indexes: Sequence[int] = range(len(refs))
+        if bits or self._unplaced:
+            indexes = [index for index in indexes if not self._is_known(entry, index, bits)]
+        if indexes:
+            self._ready.append((entry, indexes))
 
-    def _hold(self, ref: SampleRef, place: tuple[Entry, int]) -> None:
-        held = self._held.setdefault(ref.sample_id, _Held(ref.generation))
-        held.generation = ref.generation
-        held.places.append(place)
+    def _is_known(self, entry: Entry, index: int, bits: int) -> bool:
+        """Whether the ref is acked, or was delivered over an earlier connection."""
+        ref = entry.refs[index]
+        if bits >> index & 1:
+            entry.mark(index)
+            return True
+        if self._unplaced.get(ref.sample_id) == ref.generation:
+            del self._unplaced[ref.sample_id]
+            self._hold(ref.sample_id, entry)
+            return True
+        return False
