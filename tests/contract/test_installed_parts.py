@@ -31,7 +31,7 @@ def test_the_quick_part_passes_and_leaves_out_what_is_thorough(spec) -> None:
 
 
 def test_what_a_descriptor_declares_decides_what_is_tested() -> None:
-    test = "test_sealed_channel_is_read_again_from_the_beginning"
+    test = "test_a_sealed_channel_is_read_in_full_until_it_is_acked"
     for channel, ended in (("memory", "skipped"), ("file", "passed")):
         suite = suite_of(CHANNELS[channel])
         assert suite is not None
