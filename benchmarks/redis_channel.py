@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The redis channel on a real server: refs per second published and polled, and what one ref takes in the server.
 
-Refs are those of EAGLE-3's features, signed, in batches of 256. Python's cycle collector is off meanwhile: it would walk
-through the benchmark's own refs again and again. ``python benchmarks/redis_channel.py`` prints the
-figures at 10,000 and at 100,000 refs in flight, and their ratios.
+Refs are those of EAGLE-3's features, signed, in batches of 256. ``python benchmarks/redis_channel.py`` prints the
+figures at 10,000 and at 100,000 refs in flight, and their ratios. Python's cycle collector is off meanwhile: it would
+walk through the benchmark's own refs again and again.
 """
 
 from __future__ import annotations
