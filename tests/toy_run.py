@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from specforge_core.contracts import (
     Sample,
     SampleRef,
     SilentProgress,
+    StaleRef,
     StopSignal,
     Strategy,
     Usage,
@@ -71,18 +73,24 @@ class DictStore(FeatureStore):
 
     def __init__(self) -> None:
         self.samples: dict[str, Sample] = {}
+        self._generations: dict[str, int] = defaultdict(int)
 
     def put(self, sample_id: str, sample: Sample) -> SampleRef:
         self.samples[sample_id] = sample
-        return SampleRef(sample_id, 1, "dict", sample.specs(), sample.num_tokens, sample.prompt_id, sample.epoch)
+        self._generations[sample_id] += 1
+        generation, tokens = self._generations[sample_id], sample.num_tokens
+        return SampleRef(sample_id, generation, "dict", sample.specs(), tokens, sample.prompt_id, sample.epoch)
 
     def get(self, ref: SampleRef) -> Sample:
         if ref.sample_id not in self.samples:
             raise FeatureGone("these features were deleted")
+        if self._generations[ref.sample_id] != ref.generation:
+            raise StaleRef("these features were replaced")
         return self.samples[ref.sample_id]
 
     def delete(self, ref: SampleRef) -> None:
-        self.samples.pop(ref.sample_id, None)
+        if self._generations[ref.sample_id] == ref.generation:
+            self.samples.pop(ref.sample_id, None)
 
     def usage(self) -> Usage:
         return Usage(len(self.samples), 0)

@@ -356,7 +356,7 @@ def test_a_wait_for_room_ends_with_training(tmp_path: Path, how: str) -> None:
     end = {"stop": lambda: rig.stop.request("Ctrl-C"), "reader failed": lambda: rig.reader.fail("loss is NaN")}[how]
     timer = threading.Timer(0.3, end)
     timer.start()
-    with pytest.raises(RunStopped if how == "stop" else ChannelFailed, match="Ctrl-C|loss is NaN"):
+    with pytest.raises(RunStopped if how == "stop" else ChannelFailed, match=r"Ctrl-C|loss is NaN"):
         rig.work()
     assert rig.store.usage().samples % 3 == 0
 

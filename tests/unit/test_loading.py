@@ -247,17 +247,10 @@ def test_prefetching_is_bounded(tmp_path: Path) -> None:
 
 def test_a_second_capture_of_a_sample_replaces_the_first(tmp_path: Path) -> None:
     run = ToyRun(directory=tmp_path, prompts=2, epochs=1)
-    old = [run.store.put(sample_id(f"p{i}", 0), make_sample(i)) for i in range(2)]
-    new = [_newer(ref) for ref in old]
+    old, new = ([run.store.put(sample_id(f"p{i}", 0), make_sample(i)) for i in range(2)] for _ in range(2))
     run.reader = QueueReader([*new, *old])
     (window,) = run.loader().windows()
     assert {ref.generation for ref in window.refs} == {2}
-
-
-def _newer(ref: SampleRef) -> SampleRef:
-    from dataclasses import replace
-
-    return replace(ref, generation=2)
 
 
 def test_held_out_batches_are_the_same_each_time(tmp_path: Path) -> None:

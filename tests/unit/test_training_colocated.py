@@ -124,6 +124,20 @@ def test_a_byte_watermark_of_two_windows_suffices_however_rare_checkpoints_are(
     assert len(saved) == {1: 12, 3: 4, 1000: 3}[checkpoint_every]
 
 
+def test_a_store_with_less_room_than_the_watermarks_gets_it_from_an_early_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specforge_core.loading.supply._RELIEF_SECONDS", 0.1)
+    section = MemoryStoreConfig(name="memory", capacity_bytes=TWO_WINDOWS_AND_A_BATCH)
+    store = MemoryStore(section, PartContext(run_id="test", directory=tmp_path))
+    run, channel = _colocated(tmp_path / "small", store=store, free="checkpoint", checkpoint_every=1000)
+    capture = Capture(run, channel)
+    capture.start()
+    assert same_bits(ToyRun(directory=tmp_path / "whole").weights(), run.weights())
+    _end(run, capture)
+    assert run.store.usage().samples == 0
+
+
 def test_a_failed_capture_ends_training_with_its_reason(tmp_path: Path) -> None:
     run, channel = _colocated(tmp_path)
     capture = Capture(run, channel, engine=Failing(run, after=22))

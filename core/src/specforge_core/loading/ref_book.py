@@ -108,6 +108,12 @@ class RefBook:
             return [self._refs[key] for key in keys]
         return [self._refs.pop(key) for key in keys]
 
+    def take_rest(self) -> list[SampleRef]:
+        """Every ref that no window took."""
+        rest = list(self._refs.values())
+        self._refs.clear()
+        return rest
+
 
 def _is_surplus(entry: LedgerEntry | None) -> bool:
     """Trained (or copied) and freed, and not rewound: nobody will want these features again."""

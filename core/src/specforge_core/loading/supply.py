@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -170,6 +171,15 @@ class Supply:
         ids = [ref.sample_id for ref in refs]
         self._parts.ledger.freed(ids)
         self._parts.demand.freed(ids)
+
+    def discard_rest(self) -> None:
+        """Training has finished: what came and was not wanted, or came twice, is freed."""
+        with suppress(ChannelFailed):  # how capture ends does not matter any more
+            while self._read(0.0):
+                pass
+        refs = self._book.take_rest()
+        self._parts.reader.ack([ref.sample_id for ref in refs], 0)
+        self.free(refs)
 
     def fail(self, reason: str) -> None:
         """Training cannot go on; capture, if it still runs, stops with this reason."""

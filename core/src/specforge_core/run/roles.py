@@ -86,6 +86,8 @@ def _train_online(run: Run) -> Outcome:
         raise
     outcome = trainer.fit()
     end.desk.end(FINISHED if outcome == "finished" else f"training was stopped: {run.stop.reason}")
+    if outcome == "finished":
+        end.supply.discard_rest()
     end.reader.close()
     return outcome
 

@@ -99,7 +99,7 @@ class Trainer:
         self._parts.progress.begin("training", total)
         self._parts.progress.advance(self.state.step)
         try:
-            self.loader.supply.relieve_by(self._checkpoint)
+            self.loader.supply.relieve_by(self._checkpoint_and_free)
             with closing(self._windows()) as windows:
                 for window in windows:  # one window is one optimizer step
                     result = self.step.run(window)  # forward, backward, clip, update
@@ -110,12 +110,10 @@ class Trainer:
                     self._checkpoint_when_due()
                     self.acknowledge(window)  # last: features may now be freed
         except RunStopped:
-            self._checkpoint()
-            self._free_covered()
+            self._checkpoint_and_free()
             return "stopped"
         self._evaluate()
-        self._checkpoint()
-        self._free_covered()
+        self._checkpoint_and_free()
         return "finished"
 
     def acknowledge(self, window: Window) -> None:
@@ -123,14 +121,8 @@ class Trainer:
         if self._parallelism.rank != 0:
             return
         self.loader.acknowledge(window)
-        if self.loader.supply.short_of_room:
-            self._checkpoint()
-        self._free_covered()
-
-    def _free_covered(self) -> None:
-        """Free what a checkpoint of the present step covers; only after its last window is acknowledged."""
-        if self._parallelism.rank == 0 and self._saved_step == self.state.step:
-            self.loader.supply.free_covered(self.state.step)
+        if self.loader.supply.short_of_room or self._saved_step == self.state.step:
+            self._checkpoint_and_free()
 
     def _windows(self) -> Generator[Window]:
         """The loader's windows, ended on every rank at the same one if any rank is asked to stop."""
@@ -183,6 +175,12 @@ class Trainer:
             )
             self.observers.checkpoint_saved(self.state.step, path)
         self._saved_step = self.state.step
+
+    def _checkpoint_and_free(self) -> None:
+        """Also free what the checkpoint covers; for when the step's window is acknowledged, never before."""
+        self._checkpoint()
+        if self._parallelism.rank == 0:
+            self.loader.supply.free_covered(self.state.step)
 
     def _resume(self) -> None:
         progress = self._parts.reader.resume(self.step.optimizer.state())
