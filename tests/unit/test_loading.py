@@ -6,23 +6,37 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from specforge_core.contracts import (
+    CaptureBatch,
     ChannelFailed,
     DataError,
     DeadlineExceeded,
     FeatureCorrupt,
+    FeatureGone,
+    PartContext,
     RunStopped,
     Sample,
     SampleRef,
+    SilentProgress,
+    StaleRef,
+    StoreError,
     sample_id,
 )
+from specforge_core.features.file_channel import FileChannel
+from specforge_core.features.file_store import FileStore
+from specforge_core.hooks.builtin import FileChannelConfig, FileStoreConfig
+from specforge_core.loading.backpressure import Watermarks
+from specforge_core.loading.demand import PlannedBatch
+from specforge_core.loading.held_out import HeldOutCopy
 from specforge_core.loading.order import PromptOrder, sample_seed
+from specforge_core.loading.planned import cut_batches
 from specforge_core.loading.windows import WindowPlan, deal, split
+from toy_capture import InstantDesk
 from toy_run import DictStore, QueueReader, ToyRun, make_sample
 
 PINNED_ORDER = [9, 8, 7, 6, 0, 2, 5, 1, 4, 3]
@@ -263,3 +277,206 @@ def test_held_out_batches_are_the_same_each_time(tmp_path: Path) -> None:
 def _assert_equal(first: Sequence[object], second: Sequence[object]) -> None:
     for one, two in zip(first, second, strict=True):
         assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)  # type: ignore[attr-defined]
+
+
+# --- features that are gone, and samples that were skipped -----------------------------------------------------------
+
+
+class LosingStore(DictStore):
+    """Fails to read each of some prompts' features so many times, with each error in turn."""
+
+    def __init__(self, prompts: Sequence[str], errors: Sequence[type[StoreError]]) -> None:
+        super().__init__()
+        self._errors = {prompt: list(errors) for prompt in prompts}
+
+    def get(self, ref: SampleRef) -> Sample:
+        if errors := self._errors.get(ref.prompt_id):
+            raise errors.pop(0)("it was here a moment ago")
+        return super().get(ref)
+
+
+def _online(directory: Path, store: DictStore, **settings: object) -> ToyRun:
+    run = ToyRun(directory=directory, store=store, epochs=1, reuse_features=False, free="window", **settings)
+    run.desk = InstantDesk(run)
+    return run
+
+
+@pytest.mark.parametrize("error", [FeatureGone, StaleRef, FeatureCorrupt])
+def test_features_that_are_gone_are_captured_again(tmp_path: Path, error: type[StoreError]) -> None:
+    whole = list(ToyRun(directory=tmp_path / "whole", epochs=1).loader().windows())
+    run = _online(tmp_path / "losing", LosingStore(["p3", "p8"], [error]))
+    windows = list(run.loader().windows())
+    assert isinstance(run.desk, InstantDesk)
+    assert sorted(run.desk.captured[14:]) == ["p3.e0", "p8.e0"], "these two, and nothing else"
+    for found, expected in zip(windows, whole, strict=True):
+        assert [ref.sample_id for ref in found.refs] == [ref.sample_id for ref in expected.refs]
+        _assert_equal(found.micro_batches, expected.micro_batches)
+    assert not _prefetch_threads()
+
+
+def test_features_that_vanish_each_time_are_named_in_the_end(tmp_path: Path) -> None:
+    run = _online(tmp_path, LosingStore(["p3"], [FeatureGone] * 99))
+    with pytest.raises((FeatureGone, DataError), match=r"sample p3\.e0"):
+        list(run.loader().windows())
+    assert isinstance(run.desk, InstantDesk)
+    assert run.desk.captured.count("p3.e0") <= 7
+    assert not _prefetch_threads()
+
+
+def test_offline_features_that_are_gone_are_an_error_at_once(tmp_path: Path) -> None:
+    run = ToyRun(directory=tmp_path, store=LosingStore(["p3"], [FeatureGone]))
+    with pytest.raises(FeatureGone, match=r"sample p3\.e0: it was here a moment ago"):
+        list(run.loader().windows())
+
+
+@pytest.mark.parametrize("failures", [1, 3])
+def test_a_store_that_does_not_answer_is_asked_again(
+    tmp_path: Path, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specforge_core.loading.loader._RETRY_SECONDS", (0.01, 0.02, 0.03))
+    run = _online(tmp_path, LosingStore(["p3"], [StoreError] * failures))
+    assert len(list(run.loader().windows())) == 4
+    assert isinstance(run.desk, InstantDesk)
+    assert len(run.desk.captured) == 14, "nothing was captured again"
+
+
+def test_a_store_that_never_answers_is_given_up_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specforge_core.loading.loader._RETRY_SECONDS", (0.01, 0.02, 0.03))
+    run = _online(tmp_path, LosingStore(["p3"], [StoreError] * 4))
+    with pytest.raises(StoreError, match=r"sample p3\.e0: it was here"):
+        list(run.loader().windows())
+    assert not _prefetch_threads()
+
+
+def test_a_store_that_does_not_answer_does_not_hold_up_a_stop(tmp_path: Path) -> None:
+    run = _online(tmp_path, LosingStore(["p3"], [StoreError] * 99))
+    timer = threading.Timer(0.3, run.stop.request, ["Ctrl-C"])
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(RunStopped):
+        list(run.loader().windows())
+    assert time.monotonic() - began < 3
+    assert not _prefetch_threads()
+
+
+def test_a_skipped_sample_is_a_member_that_weighs_nothing(tmp_path: Path) -> None:
+    run = _online(tmp_path, DictStore(), micro_batch_size=2)
+    order = run.order.epoch(0)
+    skipped = [f"p{order[1]}", *(f"p{index}" for index in order[4:8])]
+    run.desk = InstantDesk(run, skipping=skipped)
+    windows = list(run.loader().windows())
+    assert [len(window.refs) for window in windows] == [4, 4, 4, 2]
+    assert [len(window.micro_batches) for window in windows] == [2, 0, 2, 1]
+    assert [sum(batch.num_samples for batch in window.micro_batches) for window in windows] == [3, 0, 4, 2]
+    assert [ref.prompt_id for window in windows for ref in window.refs if ref.skipped] == skipped
+    assert windows[1].num_tokens == 0
+
+
+# --- held-out features of online runs --------------------------------------------------------------------------------
+
+HELD_OUT = [f"p{index}" for index in range(100, 107)]
+
+
+class HeldOutDesk(InstantDesk):
+    """Captures held-out prompts."""
+
+    def _capture(self, batch: CaptureBatch, offset: int) -> SampleRef:
+        index = 100 + batch.first + offset
+        self.captured.append(f"p{index}.held-out")
+        return self._run.store.put(f"p{index}.held-out", self._run.make_sample(index, 0))
+
+
+class Stopping(SilentProgress):
+    """Ends the session once so many samples were copied."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    def advance(self, units: int, **values: float) -> None:
+        self._left -= units
+        if self._left == 0:
+            raise RunStopped("Ctrl-C")
+
+
+def _held_out_batches() -> Iterator[PlannedBatch]:
+    def describe(index: int) -> tuple[str, int]:
+        return f"{HELD_OUT[index]}.held-out", 100
+
+    return cut_batches(range(7), describe, batch=("eval", 0, "f"), size=3, places=range(7))
+
+
+def _copy(directory: Path, store: DictStore, *, stop_after: int = 0) -> tuple[ToyRun, FileChannel]:
+    """A session that copies held-out samples into files; ``stop_after``: is stopped when so many are copied."""
+    run = _online(directory, store, watermarks=Watermarks(high_watermark_refs=4, low_watermark_refs=2))
+    run.desk = HeldOutDesk(run)
+    context = PartContext(run_id="toy", directory=directory / "eval")
+    channel = FileChannel(FileChannelConfig(name="file"), context)
+    copy = HeldOutCopy(
+        supply=run.supply(),
+        source=store,
+        kept=FileStore(FileStoreConfig(name="file"), context),
+        writer=channel.writer("held-out"),
+        sign=lambda ref: ref,
+        progress=Stopping(stop_after),
+    )
+    if stop_after:
+        with pytest.raises(RunStopped):
+            copy.collect(HELD_OUT, _held_out_batches())
+    else:
+        copy.collect(HELD_OUT, _held_out_batches())
+    return run, channel
+
+
+def _kept(directory: Path, channel: FileChannel) -> list[Sample]:
+    store = FileStore(FileStoreConfig(name="file"), PartContext(run_id="toy", directory=directory / "eval"))
+    refs = channel.reader().poll(100, 0.0)
+    return [store.get(ref) for ref in refs]
+
+
+def test_held_out_samples_are_captured_once_and_kept(tmp_path: Path) -> None:
+    store = DictStore()
+    run, channel = _copy(tmp_path, store)
+    assert isinstance(run.desk, HeldOutDesk)
+    assert sorted(run.desk.captured) == sorted(f"{prompt}.held-out" for prompt in HELD_OUT)
+    assert store.usage().samples == 0, "freed in the run's own store as soon as they are copied"
+    kept = _kept(tmp_path, channel)
+    assert [sample.prompt_id for sample in kept] == HELD_OUT
+    for sample in kept:
+        expected = make_sample(int(sample.prompt_id[1:]))
+        assert all(torch.equal(sample.features[name], expected.features[name]) for name in expected.features)
+    again, _ = _copy(tmp_path, store)
+    assert isinstance(again.desk, HeldOutDesk)
+    assert again.desk.captured == []
+
+
+@pytest.mark.parametrize("same_store", [True, False], ids=["the store stays", "the store forgets"])
+@pytest.mark.parametrize("copied", [1, 3, 4, 6])
+def test_copying_held_out_samples_goes_on_where_it_was_stopped(tmp_path: Path, copied: int, same_store: bool) -> None:
+    store = DictStore()
+    _copy(tmp_path, store, stop_after=copied)
+    second, channel = _copy(tmp_path, store if same_store else DictStore())
+    assert [sample.prompt_id for sample in _kept(tmp_path, channel)] == HELD_OUT
+    assert isinstance(second.desk, HeldOutDesk)
+    assert len(second.desk.captured) <= 7 - copied
+    assert second.store.usage().samples == 0
+
+
+@pytest.mark.parametrize("same_store", [True, False], ids=["the store stays", "the store forgets"])
+def test_killed_between_taking_a_held_out_sample_and_keeping_it(tmp_path: Path, same_store: bool) -> None:
+    first = _online(tmp_path, DictStore())
+    first.desk = HeldOutDesk(first)
+    supply = first.supply()
+    supply.want(_held_out_batches())
+    key = f"{HELD_OUT[0]}.held-out"
+    supply.collect([key], what="the held-out samples", patient=True)
+    supply.deal(-1, [key])
+    second, channel = _copy(tmp_path, first.store if same_store else DictStore())  # type: ignore[arg-type]
+    assert [sample.prompt_id for sample in _kept(tmp_path, channel)] == HELD_OUT
+    assert second.store.usage().samples == 0
+
+
+def test_held_out_samples_that_vanish_are_captured_again(tmp_path: Path) -> None:
+    run, channel = _copy(tmp_path, LosingStore(["p102"], [FeatureGone]))
+    assert len(_kept(tmp_path, channel)) == 7
+    assert isinstance(run.desk, HeldOutDesk)
+    assert run.desk.captured.count("p102.held-out") == 2
