@@ -218,6 +218,24 @@ def test_a_server_that_stands_still_loses_nothing_and_kills_nobody(service: Redi
         side.close()
 
 
+def test_nobody_is_judged_by_heartbeats_that_stood_still_with_the_server(service: RedisService) -> None:
+    channel = service.channel(fresh_run(), lease_seconds=1.0)
+    writers = [channel.writer(name) for name in ("a", "b")]
+    reader, desk = channel.reader(), channel.leases()
+    desk.offer([batch(0)])
+    assert desk.take("a", 5.0) is not None
+    assert desk.take("b", 1.5) is None
+    for _ in range(3):
+        service.stand_still()
+        time.sleep(1.5)
+        service.go_on()
+        assert desk.take("b", 0.3) is None, "every call comes after the standstill: no connection was lost"
+        assert reader.poll(1, 0.0) == []
+        assert writers[0].in_flight() == InFlight(0, 0)
+    for side in (*writers, reader):
+        side.close()
+
+
 def test_the_lease_of_a_killed_process_comes_back(service: RedisService) -> None:
     run = fresh_run()
     channel = service.channel(run)

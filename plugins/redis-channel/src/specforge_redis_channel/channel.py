@@ -28,7 +28,7 @@ class RedisChannel(RefChannel):
 
     def __init__(self, config: RedisChannelConfig, context: PartContext) -> None:
         self._config = config
-        self._base = "specforge:{" + quote(context.run_id, safe="") + "}"
+        self._base = "specforge:{" + quote(context.run_id, safe="", errors="surrogatepass") + "}"
         self._proof = access_proof(context.token, purpose=self._base) if context.token is not None else ""
         self._heart = Heart(self._connection(), lease_seconds=config.lease_seconds)
 

@@ -126,6 +126,13 @@ class RedisConnection:
 
     def run(self, script: Script, *arguments: str | bytes | int) -> list[Any]:
         """Inside an operation: one of a script's operations, by name, and what it returns."""
+        reply = self._evaluate(script, arguments)
+        if reply[0] == b"lapsed":
+            self._since = time.monotonic()  # this process, or the server, stood still
+            reply = self._evaluate(script, arguments)
+        return reply
+
+    def _evaluate(self, script: Script, arguments: tuple[str | bytes | int, ...]) -> list[Any]:
         ttl = int(1000 * self._lease_seconds)
         rest = (1, self.base, arguments[0], ttl, int(self.settled), *arguments[1:])
         try:

@@ -52,6 +52,7 @@ class RedisLeaseDesk(LeaseDesk):
                 self._heart.beat(at_most=_BEAT_SECONDS)  # a server that lost everything does not know its writers yet
                 told = True
                 continue
+            told = False
             remaining = deadline - time.monotonic()
             if status == b"ended" or remaining <= 0:
                 return None

@@ -54,6 +54,7 @@ end
 
 function operations.take(holder, request)
   even_if_full()
+  if stood_still('w:' .. holder) then return {'lapsed'} end
   if ended(holder) then return {'unknown'} end
   local own = look_through_held(request)
   if own then

@@ -1,5 +1,6 @@
 -- What every script begins with. KEYS[1]: the run's name space, whose braces keep it in one slot of a cluster.
 -- ARGV: operation, milliseconds that a heartbeat lasts, '1' where the caller may judge who is dead, the operation's own.
+-- An operation returns a word and what belongs to it; 'lapsed': do not judge, and ask again.
 local base = KEYS[1]
 local TTL, JUDGE = tonumber(ARGV[2]), ARGV[3] == '1'
 local META = base .. ':meta'        -- hash: guard, format, counts, the reader, the desk's end
@@ -38,4 +39,11 @@ end
 local function ended(name)
   if redis.call('SISMEMBER', OPEN, name) == 0 or redis.call('HEXISTS', FAILED, name) == 1 then return true end
   return JUDGE and not lives('w:' .. name)
+end
+
+-- Whether the caller's own heartbeat ended although it calls: it stood still, or this server did, and others' may have
+-- ended with it.
+local function stood_still(member)
+  local ends = redis.call('ZSCORE', ALIVE, member)
+  return JUDGE and ends and tonumber(ends) <= NOW
 end

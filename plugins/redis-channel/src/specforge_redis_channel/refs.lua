@@ -129,6 +129,7 @@ function operations.publish(name, session, since, sequence, refs, nbytes, ...)
 end
 
 function operations.in_flight(name, session, since)
+  if stood_still('w:' .. name) then return {'lapsed'} end
   if not sequence_of(name, session) then return {'replaced'} end
   local failure = reader_failure(since)
   if failure then return {'failed', failure} end
@@ -179,6 +180,7 @@ end
 function operations.poll(session, since, count)
   even_if_full()
   if not know_reader(session) then return {'replaced'} end
+  if stood_still('r:' .. session) then return {'lapsed'} end
   if redis.call('EXISTS', FAILED) == 1 then
     local failed = redis.call('HGETALL', FAILED)
     for i = 1, #failed, 2 do
