@@ -191,12 +191,12 @@ def checksum(content: bytes | bytearray) -> str:
 
 
 def test_damage_of_every_kind_changes_the_checksum() -> None:
-    content = bytes(raw_bytes(torch.randint(256, (900_001,), dtype=torch.uint8, generator=torch.manual_seed(3))))
+    content = bytes(raw_bytes(torch.randint(256, (1_600_001,), dtype=torch.uint8, generator=torch.manual_seed(3))))
     right = checksum(content)
     assert checksum(content) == right
     assert checksum(content[:-1]) != right
-    for unit in (1, 512, PAGE, 16 * PAGE, 262_112):
-        for first, second in ((0, 1), (0, 2), (1, 3), (0, 900_000 // unit - 1)):
+    for unit in (1, 512, PAGE, 16 * PAGE, 524_224):
+        for first, second in ((0, 1), (0, 2), (1, 3), (0, 1_600_000 // unit - 1)):
             a, b = first * unit, second * unit
             swapped, blank, repeated = bytearray(content), bytearray(content), bytearray(content)
             swapped[a : a + unit], swapped[b : b + unit] = content[b : b + unit], content[a : a + unit]

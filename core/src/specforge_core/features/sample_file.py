@@ -85,8 +85,8 @@ class EncodedSample:
         offset = len(self._header(generation, "0" * CHECKSUM_DIGITS))
         checksum = Checksum()
         for pieces in cut(self.content):
-            checksum.update(pieces)
             offset = _write_all(descriptor, pieces, offset)
+            checksum.update(pieces)
         _write_all(descriptor, [memoryview(self._header(generation, checksum.hexdigest()))], 0)
 
     def _header(self, generation: int, checksum: str) -> bytes:
