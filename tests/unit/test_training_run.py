@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ from specforge_core.contracts import (
     StepOutput,
     StopSignal,
 )
+from specforge_core.features.ledger import Ledger
+from specforge_core.loading.supply import Free
 from specforge_core.training.evaluator import Evaluation
 from specforge_core.training.window_step import WindowResult
+from toy_capture import InstantDesk
 from toy_run import DictStore, QueueReader, ToyRun, largest_difference, same_bits
 from toy_strategy import MeasuringToyStrategy, ToyStrategy
 from training_recorder import Recorder
@@ -191,3 +195,97 @@ def test_an_empty_evaluation_has_no_metric(tmp_path: Path) -> None:
     evaluation = trainer._parts.evaluator.run(trainer.step.draft, [], step=0)
     assert evaluation.values() == {}
     assert Evaluation(loss=None, position_accuracy=[Ratio(0, 0)], metrics={}).values() == {}
+
+
+def _capturing(directory: Path, *, skipping: Sequence[str] = (), **settings: object) -> ToyRun:
+    run = ToyRun(directory=directory, reuse_features=False, free="window", **settings)
+    run.desk = InstantDesk(run, skipping=skipping)
+    return run
+
+
+@pytest.mark.parametrize("strategy", [ToyStrategy(), MeasuringToyStrategy()], ids=["plain", "measuring"])
+def test_a_skipped_sample_weighs_nothing(tmp_path: Path, strategy: ToyStrategy) -> None:
+    """As if its prompt trained no token: p4 and p9 train none anyway."""
+    with_them = ToyRun(directory=tmp_path / "a", strategy=strategy).weights()
+    without = _capturing(tmp_path / "b", skipping=["p4", "p9"], strategy=strategy)
+    assert largest_difference(with_them, without.weights()) < 1e-6
+
+
+def test_a_window_of_skipped_samples_alone_is_a_step_all_the_same(tmp_path: Path) -> None:
+    recorder = Recorder()
+    run = _capturing(tmp_path, observers=(recorder,), epochs=2)
+    skipping = [f"p{index}" for index in run.order.epoch(0)[4:8]]
+    run.desk = InstantDesk(run, skipping=skipping)
+    run.weights()
+    assert [result.step for result in recorder.results] == list(range(1, 9))
+    empty = recorder.results[1]
+    assert (empty.num_tokens, empty.grad_norm, empty.metrics, list(empty.position_accuracy)) == (0, 0.0, {}, [])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert "simulated_acceptance_length" not in lines[1]
+    assert "accuracy_0" not in lines[1]
+    assert "loss" not in lines[1], "nothing was counted, so there is no loss; least of all a perfect one"
+    assert recorder.events[-1] == "finished"
+
+
+def test_a_run_of_skipped_samples_alone_ends(tmp_path: Path) -> None:
+    run = _capturing(tmp_path, skipping=[f"p{index}" for index in range(14)], epochs=1)
+    run.weights()
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-00000004"
+
+
+@pytest.mark.parametrize("free", ["window", "checkpoint"])
+@pytest.mark.parametrize("after", [1, 3, 4, 7])
+def test_an_online_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, after: int, free: Free) -> None:
+    """The store outlives the session: what is still there is used, the rest is captured again."""
+    whole = ToyRun(directory=tmp_path / "whole").weights()
+    stop = StopSignal()
+    first = _capturing(tmp_path / "cut", stop=stop, observers=(Recorder(stop, after),))
+    first.free = free
+    assert first.trainer().fit() == "stopped"
+    second = _capturing(tmp_path / "cut", store=first.store)
+    second.free = free
+    assert same_bits(whole, second.weights())
+    assert first.store.usage().samples == 0
+    assert isinstance(first.desk, InstantDesk)
+    assert isinstance(second.desk, InstantDesk)
+    captured = first.desk.captured + second.desk.captured
+    assert len(captured) == len(set(captured)) == 3 * 14, "a clean stop loses nothing"
+    deals = list(Ledger(tmp_path / "cut" / "ledger.sqlite", run_id="toy").deals())
+    assert len(deals) == len({sample for _, sample, _, _ in deals}) == 3 * 14
+    assert all(trained for *_, trained in deals)
+
+
+class Killed(Exception):
+    """What a SIGKILL would leave: nothing after it runs in this session."""
+
+
+class Killing(Recorder):
+    """Kills the run after a step, before that window is acknowledged."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self._kill_after = after
+
+    def window_trained(self, result: WindowResult) -> None:
+        if result.step == self._kill_after:
+            raise Killed
+
+
+@pytest.mark.parametrize("wires", ["store stays", "store forgets"])
+@pytest.mark.parametrize("free", ["window", "checkpoint"])
+@pytest.mark.parametrize("after", [2, 3, 5, 8, 12])
+def test_an_online_run_killed_between_checkpoints_ends_with_the_same_bits(
+    tmp_path: Path, after: int, free: Free, wires: str
+) -> None:
+    whole = ToyRun(directory=tmp_path / "whole").weights()
+    first = _capturing(tmp_path / "cut", observers=(Killing(after),))
+    first.free = free
+    with pytest.raises(Killed):
+        first.trainer().fit()
+    second = _capturing(tmp_path / "cut", **({"store": first.store} if wires == "store stays" else {}))
+    second.free = free
+    assert same_bits(whole, second.weights())
+    assert second.store.usage().samples == 0
+    deals = list(Ledger(tmp_path / "cut" / "ledger.sqlite", run_id="toy").deals())
+    assert len(deals) == len({sample for _, sample, _, _ in deals}) == 3 * 14, "nothing lost, nothing twice"

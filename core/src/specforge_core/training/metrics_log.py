@@ -31,7 +31,7 @@ def window_values(result: WindowResult) -> dict[str, float]:
     found: dict[str, float | None] = {
         "step": result.step,
         "epoch": result.epoch,
-        "loss": result.loss,
+        "loss": result.loss if result.num_tokens else None,  # a window of skipped samples alone has none
         "learning_rate": result.learning_rate,
         "grad_norm": result.grad_norm,
         "tokens": result.num_tokens,
