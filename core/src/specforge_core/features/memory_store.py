@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class MemoryStore(FeatureStore):
-    """Samples in a dictionary. Both halves of a run share one instance."""
+    """Samples in a dictionary. Both halves of a run share one instance.
+
+    Nobody can attach from outside, so ``context.token`` guards nothing here.
+    """
 
     def __init__(self, config: MemoryStoreConfig, context: PartContext) -> None:
         self._name = config.name
