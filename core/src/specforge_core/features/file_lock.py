@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import time
 from pathlib import Path
@@ -45,11 +46,16 @@ def lock_domain(file: IO[Any]) -> str:
 
     Empty where the kernel does not say which one it is; then nothing is known of who sees what.
     """
+    boot = _boot_id()
+    return boot and f"{boot}:{os.fstat(file.fileno()).st_dev}"
+
+
+@functools.cache
+def _boot_id() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
-    return f"{boot}:{os.fstat(file.fileno()).st_dev}"
 
 
 def opened_by(domain: str) -> list[str | int]:
