@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -318,6 +319,53 @@ def test_a_replica_is_refused(service: RedisService) -> None:
     service.client().replicaof("127.0.0.1", "1")
     with pytest.raises(ChannelError, match="name the primary"):
         service.channel(fresh_run()).reader()
+
+
+def test_a_server_that_would_drop_keys_is_refused(service: RedisService) -> None:
+    client = service.client()
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    service.channel(fresh_run()).reader().close()  # without a limit it never does
+    client.config_set("maxmemory", "100mb")
+    with pytest.raises(ChannelError, match="noeviction"):
+        service.channel(fresh_run()).reader()
+
+
+def test_a_user_with_no_more_rights_than_advised_is_enough(service: RedisService) -> None:
+    client = service.client()
+    client.acl_setuser(
+        "worker", enabled=True, passwords=["+pw"], keys=["specforge:*"], categories=["+@all", "-@dangerous"]
+    )
+    channel = service.channel(fresh_run(), url=f"redis://worker:pw@127.0.0.1:{service.port}/0?protocol=3")
+    writer, reader, desk = channel.writer("capture-0"), channel.reader(), channel.leases()
+    writer.publish([make_ref(0), make_ref(1)])
+    desk.offer([batch(0)])
+    assert desk.take("capture-0", 5.0) is not None
+    assert reader.poll(1, 5.0) == [make_ref(0)]
+    reader.ack([make_ref(0).sample_id], step=1)
+    assert list(writer.published()) == [make_ref(1)]
+    reader.close()
+    later = channel.reader()
+    assert later.poll(9, 5.0) == [make_ref(1)]
+    writer.close()
+    later.close()
+
+
+def test_something_that_is_no_redis_server_is_said(service: RedisService) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def answer() -> None:
+            with listening.accept()[0] as peer:
+                peer.recv(1000)
+                peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        url = f"redis://127.0.0.1:{listening.getsockname()[1]}/0"
+        with pytest.raises(ChannelError, match="no Redis server"):
+            service.channel(fresh_run(), url=url, reconnect_seconds=2.0).reader()
+        thread.join(DEADLINE)
 
 
 GARBAGE: list[dict[str, bytes]] = [

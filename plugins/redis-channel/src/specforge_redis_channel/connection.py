@@ -14,9 +14,9 @@ from collections.abc import Callable
 from importlib.resources import files
 from typing import Any, TypeVar
 
-import redis
 from redis import exceptions
 from redis.backoff import NoBackoff
+from redis.connection import ConnectionPool, parse_url
 from redis.retry import Retry
 from specforge_core.contracts import AccessDenied, ChannelError, SpecForgeError
 
@@ -74,14 +74,14 @@ class RedisConnection:
         # Shorter than a lease: a call that outlasts a server's standstill must not judge by heartbeats that stood too.
         seconds = min(_CALL_SECONDS, config.lease_seconds / 2)
         try:
-            pool = redis.ConnectionPool.from_url(
-                config.url,
-                protocol=2,
-                retry=Retry(NoBackoff(), 0),
-                socket_timeout=seconds,
-                socket_connect_timeout=seconds,
-            )
-            self._connection: Any = pool.make_connection()
+            options = parse_url(config.url) | {  # type: ignore[no-untyped-call]
+                "protocol": 2,
+                "decode_responses": False,
+                "retry": Retry(NoBackoff(), 0),
+                "socket_timeout": seconds,
+                "socket_connect_timeout": seconds,
+            }
+            self._connection: Any = ConnectionPool(**options).make_connection()
         except (ValueError, TypeError, AttributeError, exceptions.RedisError) as error:
             raise ChannelError(
                 f"channel.url has an option that the client does not take ({type(error).__name__})", where=self.where
@@ -116,13 +116,21 @@ class RedisConnection:
                 self._raise_if_hopeless(error, seconds, deadline - time.monotonic())
             except exceptions.ResponseError as error:
                 raise self._refused(error) from None
+            except exceptions.RedisError as error:
+                raise ChannelError(f"what answers is no Redis server: {error}", where=self.where) from None
             self._interrupted.wait(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     def execute(self, *command: str | bytes | int) -> Any:
         """Inside an operation: one command and its reply."""
-        self._connection.send_command(*command)
-        return self._connection.read_response()
+        try:
+            self._connection.send_command(*command)
+            return self._connection.read_response()
+        except exceptions.ResponseError:
+            raise
+        except BaseException:
+            self._connection.disconnect()  # Ctrl-C, say: the reply must not be taken for the next command's
+            raise
 
     def run(self, script: Script, *arguments: str | bytes | int) -> list[Any]:
         """Inside an operation: one of a script's operations, by name, and what it returns."""
@@ -156,6 +164,7 @@ class RedisConnection:
         self._connection.connect()
         self.number += 1
         self._since = time.monotonic()
+        self._refuse_forgetful()
         status, *found = self.run(REFS, "attach", self._proof, _FORMAT)
         if status == b"denied":
             self._connection.disconnect()
@@ -168,6 +177,20 @@ class RedisConnection:
         if found != [_FORMAT.encode()]:
             self._connection.disconnect()
             raise ChannelError(f"refs of format {found}, this version reads {_FORMAT}", where=self.where)
+
+    def _refuse_forgetful(self) -> None:
+        """:raises ChannelError: the server drops keys of its choice when it is full."""
+        try:
+            told = self.execute("INFO", "memory")
+        except exceptions.NoPermissionError:
+            return  # a user that may not ask
+        if b"maxmemory_policy:allkeys" in told and b"maxmemory:0\r" not in told:
+            self._connection.disconnect()
+            raise ChannelError(
+                "the server would drop this run's refs, unasked, when its memory is full",
+                where=self.where,
+                hint="set its maxmemory-policy to noeviction",
+            )
 
     def _raise_if_hopeless(self, error: Exception, seconds: float, remaining: float) -> None:
         """:raises ChannelError: trying again would not help, or there is no time left for it."""
