@@ -25,6 +25,7 @@ from pathlib import Path
 from chaos_faults import faults_of
 from chaos_files import FileWires
 from chaos_oracle import Result, result_of
+from chaos_services import ServiceWires
 from chaos_world import ChaosFailure, Injected, World, WorldWires
 from tiny_model import TinyModel, write_tiny_model
 
@@ -32,7 +33,10 @@ RECOVERY_SECONDS = 60.0
 UNDISTURBED_SECONDS = 150.0
 _FAULTS_AT_ONCE = 0.2  # so often the next fault does not wait for recovery from the last
 
-WIRES: dict[str, Callable[[Path], WorldWires]] = {"file": FileWires}
+WIRES: dict[str, Callable[[Path, random.Random], WorldWires]] = {
+    "file": lambda directory, _: FileWires(directory),
+    "services": ServiceWires,
+}
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Campaign:
         return World(
             directory,
             self.model,
-            wires=WIRES[wires](directory),
+            wires=WIRES[wires](directory, chance),
             captures=chance.choice([2, 2, 3]),
             retain=chance.choice(["checkpoint", "window"]),
         )

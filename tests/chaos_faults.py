@@ -13,6 +13,7 @@ from pathlib import Path
 
 from chaos_files import FileWires
 from chaos_processes import Child
+from chaos_services import ServiceWires, full_segment, kill_master, kill_redis, stall_redis
 from chaos_world import World
 
 Fault = Callable[[World, random.Random], None]
@@ -169,4 +170,11 @@ def faults_of(world: World) -> dict[str, Fault]:
         faults["torn record"] = torn_record
         if world.wires.small:
             faults["full disk"] = full_disk
+    if isinstance(world.wires, ServiceWires):
+        faults |= {
+            "kill redis": kill_redis,
+            "stall redis": stall_redis,
+            "kill master": kill_master,
+            "full segment": full_segment,
+        }
     return faults

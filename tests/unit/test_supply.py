@@ -159,6 +159,17 @@ def test_a_newer_generation_of_a_dealt_sample_takes_its_place_once_the_old_one_i
     assert supply.deal(0, keys(run)) == [newer, *old[1:]]
 
 
+def test_a_newer_generation_that_comes_while_the_older_is_trained_is_freed_with_it(tmp_path: Path) -> None:
+    run = online(tmp_path)
+    supply = begin(run)
+    supply.collect(keys(run), what="window 0", patient=True)
+    old = supply.deal(0, keys(run))
+    reader(run).publish([run.store.put(ref.sample_id, make_sample(1)) for ref in old])
+    assert not supply.collect(["whatever is there"], what="a look at the channel", patient=False)
+    supply.trained(0, old)
+    assert run.store.usage().samples == 4, "those of window 1"
+
+
 def test_what_nobody_wanted_is_freed_at_the_end(tmp_path: Path) -> None:
     run = online(tmp_path)
     supply = begin(run)

@@ -78,9 +78,9 @@ class RefBook:
         known = {} if self._reuse else self._ledger.find([ref.sample_id for ref in refs])
         surplus = [ref for ref in refs if _is_surplus(known.get(ref.sample_id))]
         if surplus:
-            self._reader.ack([ref.sample_id for ref in surplus], 0)
-            for ref in surplus:
+            for ref in surplus:  # before the acks: a process killed in between gets the refs again
                 self._discard(ref)
+            self._reader.ack([ref.sample_id for ref in surplus], 0)
         fresh = [ref for ref in refs if not _is_surplus(known.get(ref.sample_id))]
         self._ledger.see(fresh)
         for ref in fresh:

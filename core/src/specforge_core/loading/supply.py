@@ -165,10 +165,11 @@ class Supply:
             self.free(self._parts.ledger.covered(step))
 
     def free(self, refs: Sequence[SampleRef]) -> None:
-        """Delete features that nobody will want again."""
-        for ref in refs:
-            self._delete(ref)
+        """Delete features that nobody will want again, those too that came again after ``refs`` were taken."""
         ids = [ref.sample_id for ref in refs]
+        newest = [entry.ref for entry in self._parts.ledger.find(ids).values()]
+        for ref in {(ref.sample_id, ref.generation): ref for ref in (*refs, *newest)}.values():
+            self._delete(ref)
         self._parts.ledger.freed(ids)
         self._parts.demand.freed(ids)
 
