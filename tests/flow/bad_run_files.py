@@ -213,17 +213,17 @@ TABLE = [
     BadInput(
         "run.directory below a file",
         lambda w: ["capture", w.run_file(run={"directory": w.write("file", "x") + "/run"})],
-        ("file/run", "run.directory", "choose another"),
+        ("file/run", "prompts cannot be written: Not a directory", "choose another run directory"),
     ),
     BadInput(
         "store.path is a file",
         lambda w: ["capture", w.run_file(store={"name": "file", "path": w.write("file", "x")})],
-        ("file/", "cannot be written", "check store.path"),
+        ("file: cannot be opened: Not a directory", "check store.path"),
     ),
     BadInput(
         "channel.path is a file",
         lambda w: ["capture", w.run_file(channel={"name": "file", "path": w.write("file", "x")}), "data.eval=[]"],
-        ("file/capture-0.refs", "cannot be written", "check channel.path"),
+        (".refs: cannot be written", "check channel.path"),
     ),
     BadInput(
         "data.features is a file",
@@ -241,9 +241,29 @@ TABLE = [
         ("topology", "one half of a colocated run", "use `specforge run`"),
     ),
     BadInput(
-        "a disaggregated run",
-        lambda w: ["run", w.run_file(topology="disaggregated")],
-        ("topology", "disaggregated", "topology: offline"),
+        "disaggregated run with a store in memory",
+        lambda w: ["run", w.run_file(topology="disaggregated", store={"name": "memory"})],
+        ("run.yaml: store.name (line ", "'memory' is not cross-process", "use store: {name: file}"),
+    ),
+    BadInput(
+        "window too small for a capture batch",
+        _over("topology=disaggregated", "capture.batch_size=64"),
+        ("capture.high_watermark_windows", "4 windows of 8", "capture batch of 64", "lower capture.batch_size"),
+    ),
+    BadInput(
+        "token file missing",
+        lambda w: ["capture", w.run_file(run={"token_file": "gone"})],
+        ("gone: run.token_file cannot be read", "openssl rand"),
+    ),
+    BadInput(
+        "token too short",
+        lambda w: ["capture", w.run_file(run={"token_file": w.write("token", "secret")})],
+        ("token: the token has 6 characters", "16 are the least"),
+    ),
+    BadInput(
+        "id of the run with a path in it",
+        _over("run.id=../other"),
+        ("'run.id=../other'", "should match pattern"),
     ),
     # the command line itself
     BadInput(

@@ -26,7 +26,7 @@ TABLE = [
     *bad_prompts.TABLE,
     *bad_results.TABLE,
 ]
-LOCKS = ("*.lock",)
+LOCKS = ("*.lock", "*/store/.counts")  # who is there now, not what was kept
 AS_PROCESSES = ("run file missing", "layer out of range", "line that is no JSON", "features cut short")
 
 
