@@ -27,6 +27,7 @@ CLOSED = "this mooncake store was closed"
 
 _PAUSE_SECONDS = 0.5
 _CLOSE_SECONDS = 10.0
+_LEAVE_SECONDS = 0.05  # daemon threads see the refusal before the interpreter ends: inside torch they would abort it
 
 
 class Client:
@@ -64,8 +65,10 @@ class Client:
         """Refuse new calls, wait for those going on (which are bounded), and close."""
         with self._idle:
             self._closed = True
-            if self._idle.wait_for(lambda: not self._calls, _CLOSE_SECONDS):
-                self._library.close()
+            idle = self._idle.wait_for(lambda: not self._calls, _CLOSE_SECONDS)
+        if idle:
+            time.sleep(_LEAVE_SECONDS)
+            self._library.close()
 
 
 _lock = threading.RLock()  # a store that is collected while this is held releases its client there and then
