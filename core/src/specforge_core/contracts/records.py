@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -181,7 +182,10 @@ def skipped_ref(sample_id: str, *, prompt_id: str, epoch: int) -> SampleRef:
     return SampleRef(sample_id, 0, "", (), 0, prompt_id, epoch)
 
 
-_PLAIN = (str, int, float, bool, type(None))
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+_INTEGER = frozenset({int})
+_METADATA = tuple(item.name for item in fields(SampleRef) if item.name != "features")
+_metadata_of = attrgetter(*_METADATA)
 
 
 def check_metadata_only(ref: SampleRef) -> None:
@@ -189,12 +193,12 @@ def check_metadata_only(ref: SampleRef) -> None:
 
     :raises TypeError: naming the field that holds a tensor or another object.
     """
-    for item in fields(ref):
-        value = getattr(ref, item.name)
-        if item.name != "features" and type(value) not in _PLAIN:
-            raise TypeError(f"SampleRef.{item.name} of {ref.sample_id!r} holds a {type(value).__name__}, not metadata")
+    if not _PLAIN.issuperset(map(type, _metadata_of(ref))):  # once per ref published
+        [name, *_] = [name for name in _METADATA if type(getattr(ref, name)) not in _PLAIN]
+        found = type(getattr(ref, name)).__name__
+        raise TypeError(f"SampleRef.{name} of {ref.sample_id!r} holds a {found}, not metadata")
     for spec in ref.features:
-        if not isinstance(spec, FeatureSpec) or any(type(n) is not int for n in spec.shape):
+        if not isinstance(spec, FeatureSpec) or not _INTEGER.issuperset(map(type, spec.shape)):
             raise TypeError(f"SampleRef.features of {ref.sample_id!r} holds a {type(spec).__name__}, not metadata")
 
 

@@ -86,11 +86,11 @@ class FileRefReader(RefReader):
             for tail in self._writers.values():
                 records = tail.read()
                 news |= bool(records)
-                self._pending.extend((tail, record) for record in records if not self._is_acked(tail, record))
+                if self._acked:
+                    records = [record for record in records if not self._is_acked(tail, record)]
+                self._pending.extend([(tail, record) for record in records])
 
     def _is_acked(self, tail: WriterTail, record: Record) -> bool:
-        if not self._acked:
-            return False
         ref = tail.decode(record)
         ack = (ref.sample_id, ref.generation)
         if ack not in self._acked:

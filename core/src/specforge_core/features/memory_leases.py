@@ -35,14 +35,17 @@ class MemoryLeases(LeaseDesk):
             while True:
                 if not self._lives(holder):
                     raise ChannelError("only an open writer can hold a lease", where=f"writer {holder}")
-                for other in self._book.holders:
-                    if not self._lives(other):
-                        self._book.drop(other)
+                self._drop_the_gone()
                 lease = self._book.take(holder)
                 remaining = deadline - time.monotonic()
                 if lease is not None or self._book.ended is not None or remaining <= 0:
                     return lease
                 self._changed.wait(remaining)
+
+    def _drop_the_gone(self) -> None:
+        for holder in self._book.holders:
+            if not self._lives(holder):
+                self._book.drop(holder)
 
     def finish(self, lease: Lease) -> None:
         with self._changed:

@@ -12,14 +12,15 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from specforge_core.contracts import ChannelError
 from specforge_core.features.file_lock import is_locked, lock_domain, lock_file, sync_directory
 
 _LOCK_SECONDS = 1.0
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True)
+_DECODER = json.JSONDecoder()
 _READ_BYTES = 1 << 18
 _GLANCE_BYTES = 1 << 12
 _PREFIX_BYTES = len("R 00000000 ")
@@ -27,7 +28,7 @@ _PREFIX_BYTES = len("R 00000000 ")
 
 def frame(kind: str, body: object) -> bytes:
     """One record as it stands in the file."""
-    text = json.dumps(body, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    text = _ENCODER.encode(body).encode("ascii")
     return b"%s %08x %s\n" % (kind.encode("ascii"), _checksum(kind, text), text)
 
 
@@ -35,8 +36,7 @@ def _checksum(kind: str, text: bytes) -> int:
     return zlib.crc32(text, ord(kind))
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A complete line of a record file, not yet checked."""
 
     path: Path
@@ -56,9 +56,12 @@ class Record:
         if self.line[:_PREFIX_BYTES] != b"%s %08x " % (self.line[:1], _checksum(self.kind or "?", text)):
             raise self.malformed("its checksum does not match")
         try:
-            return json.loads(text)
+            value, end = _DECODER.raw_decode(text.decode("ascii"))
         except ValueError as error:
             raise self.malformed(str(error)) from error
+        if end != len(text):
+            raise self.malformed("more than one value")
+        return value
 
     def malformed(self, why: str) -> ChannelError:
         """The error for a record that was written whole and yet cannot be understood."""

@@ -53,10 +53,13 @@ class RefEncoder:
 
 
 def _layout_of(ref: SampleRef) -> Layout:
-    def open_length(shape: tuple[int, ...]) -> tuple[int | None, ...]:
-        return (None, *shape[1:]) if shape and shape[0] == ref.num_tokens else shape
-
-    return ref.store, tuple((spec.name, spec.dtype, spec.norm, open_length(spec.shape)) for spec in ref.features)
+    tokens = ref.num_tokens
+    return ref.store, tuple(
+        [
+            (spec.name, spec.dtype, spec.norm, (None, *spec.shape[1:]) if spec.shape[:1] == (tokens,) else spec.shape)
+            for spec in ref.features
+        ]
+    )
 
 
 class RefDecoder:

@@ -123,13 +123,17 @@ def read_unacked(directory: Path, *, timeout_seconds: float) -> list[SampleRef]:
     acks = read_acks(directory, timeout_seconds=timeout_seconds)
     refs: dict[str, SampleRef] = {}
     for path in sorted(directory.glob(f"*{WRITER_SUFFIX}")):
-        tail = WriterTail(path, timeout_seconds=timeout_seconds)
-        try:
-            while records := tail.read():
-                for ref in map(tail.decode, records):
-                    if (ref.sample_id, ref.generation) not in acks:
-                        refs.pop(ref.sample_id, None)
-                        refs[ref.sample_id] = ref
-        finally:
-            tail.close()
+        for ref in _read_refs(path, timeout_seconds=timeout_seconds):
+            if (ref.sample_id, ref.generation) not in acks:
+                refs.pop(ref.sample_id, None)
+                refs[ref.sample_id] = ref
     return list(refs.values())
+
+
+def _read_refs(path: Path, *, timeout_seconds: float) -> Iterator[SampleRef]:
+    tail = WriterTail(path, timeout_seconds=timeout_seconds)
+    try:
+        while records := tail.read():
+            yield from map(tail.decode, records)
+    finally:
+        tail.close()

@@ -143,7 +143,7 @@ class LeaseDeskSuite(ChannelUnderTest):
         assert self.take_now(desk, "capture-0") == Lease(batch=lost.batch, holder="capture-0", attempt=2)
 
     def test_what_a_dead_holder_held_comes_back(
-        self, desk: LeaseDesk, others_desk: LeaseDesk, opened_again: RefChannel, other: RefWriter
+        self, desk: LeaseDesk, others_desk: LeaseDesk, *, opened_again: RefChannel, other: RefWriter
     ) -> None:
         desk.offer([make_batch(number) for number in range(3)])
         lost = [self.take_now(others_desk, "capture-1") for _ in range(2)]
