@@ -64,8 +64,11 @@ class Holdings:
                 there = self._connection.exist([held.key for _, held in some])
             except Unreachable:
                 return
-            gone = [item for item, exists in zip(some, there, strict=True) if not exists]
-            with self._lock:
-                for sample_id, held in gone:
-                    if self._held.get(sample_id) is held:
-                        del self._held[sample_id]
+            self._forget([item for item, exists in zip(some, there, strict=True) if not exists])
+
+    def _forget(self, gone: list[tuple[str, _Held]]) -> None:
+        """Drop what is gone, where it was not put again meanwhile."""
+        with self._lock:
+            for sample_id, held in gone:
+                if self._held.get(sample_id) is held:
+                    del self._held[sample_id]
