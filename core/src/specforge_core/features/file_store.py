@@ -134,10 +134,7 @@ class FileStore(FeatureStore):
             with self._unsynced_lock:
                 places, self._unsynced = self._unsynced, {}
             for place in places:
-                with ExitStack() as opened:
-                    descriptor = _open(place, opened)
-                    if descriptor is not None:
-                        os.fsync(descriptor)
+                _sync(place)
             for directory in {place.parent for place in places}:
                 sync_directory(directory)
             if places:
@@ -242,6 +239,14 @@ def _open(path: Path, opened: ExitStack) -> int | None:
             opened.callback(os.close, descriptor)
             return descriptor
     return None
+
+
+def _sync(place: Path) -> None:
+    """Nothing where the sample was deleted since."""
+    with ExitStack() as opened:
+        descriptor = _open(place, opened)
+        if descriptor is not None:
+            os.fsync(descriptor)
 
 
 def _look(place: Path, opened: ExitStack) -> _Held | None:
