@@ -128,8 +128,8 @@ def test_a_capture_process_of_another_run_names_what_differs(case: str) -> None:
 
 
 def test_where_a_machine_keeps_the_target_does_not_matter() -> None:
-    one = batches(info=replace(INFO, name_or_path="/data/models/qwen"))
-    other = batches(info=replace(INFO, name_or_path="/mnt/fast/qwen"))
+    one = batches(info=replace(INFO, name_or_path="models/qwen"))
+    other = batches(info=replace(INFO, name_or_path="fast/disk/qwen"))
     [first, *_] = one.planned(windows(), 0)
     assert len(other.prompts_of(first.batch)) == 3
 
