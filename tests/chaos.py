@@ -101,6 +101,7 @@ class Campaign:
             world.finish(seconds=UNDISTURBED_SECONDS)
             world.judge(self.reference())
         except BaseException:
+            world.keep_evidence()
             self.say(f"seed {self.seed}, world {self.worlds} over {wires}:\n{world.tell()}")
             raise
         finally:

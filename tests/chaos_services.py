@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from contextlib import suppress
@@ -17,6 +18,7 @@ _SEGMENT_BYTES = 32 << 20
 _REDIS_SECONDS = 5.0
 _REDIS_GONE = ("server cannot be reached", "no secure connection", "Redis", "redis")
 _MASTER_GONE = ("no answer within", "no mooncake master answers", "mooncake")
+_QUIET_VENDOR = "GLOG_minloglevel"
 _NO_ROOM = ("do not fit into the memory",)
 _LEFTOVER_SECONDS = 10.0
 
@@ -59,6 +61,7 @@ class ServiceWires:
         from mooncake.store import MooncakeDistributedStore
         from specforge_mooncake_store.vendor_environment import limit_waits
 
+        os.environ.setdefault(_QUIET_VENDOR, "3")
         limit_waits("127.0.0.1")
         if self._holder is not None:
             self._holder.close()

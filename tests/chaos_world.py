@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -193,16 +194,26 @@ class World:
         lines = [f"world {self.directory}: {self.steps} steps, {time.monotonic() - self.began:.0f} s"]
         for fault in self.faults:
             healed = "not recovered" if fault.recovered_seconds is None else f"{fault.recovered_seconds:.1f} s"
-            lines.append(f"  at {fault.at - self.began:6.1f} s, step {fault.step:3}: {fault.kind} {fault.detail}: {healed}")
+            at = f"at {fault.at - self.began:6.1f} s, step {fault.step:3}"
+            lines.append(f"  {at}: {fault.kind} {fault.detail}: {healed}")
         lines += [f"  ended with an error: {error}" for error in self.counts.errors]
         for child in self.children:
             state = "running" if child.running else "not running"
             lines += [f"-- {child.name} ({state}, started {child.starts} times) ends with:", child.said()]
         return "\n".join(lines)
 
+    def keep_evidence(self) -> None:
+        """End the processes and copy what is on the small disk, which goes with the world."""
+        self._end_processes()
+        if (disk := self.directory / "disk").is_dir():
+            shutil.copytree(disk, self.directory / "disk-at-the-end", ignore=shutil.ignore_patterns("filler"))
+
     def close(self) -> None:
+        self._end_processes()
+        self.wires.close()
+
+    def _end_processes(self) -> None:
         for child in self.children:
             child.kill()
         for child in self.children:
             child.wait(10.0)
-        self.wires.close()

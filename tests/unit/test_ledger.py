@@ -80,6 +80,7 @@ CASES = [
     ),
     Case("rewound to before", events(DEAL, TRAINED, ("rewind", (0,))), available=True),
     Case("rewound to after", events(DEAL, TRAINED, ("rewind", (1,))), window=0, trained=True, covered=True),
+    Case("killed after the checkpoint", events(DEAL, ("rewind", (1,))), window=0, trained=True, covered=True),
     Case("window dealt differently", events(DEAL, ("deal", (0, [B]))), available=True),
     Case("second epoch", events(DEAL, TRAINED, ("deal", (5, [A]))), window=5),
     Case(
