@@ -180,7 +180,7 @@ class Ledger:
                 raise ValueError(f"window {window} was trained but never dealt")
 
     def rewind(self, step: int) -> None:
-        """The run goes on after ``step`` finished windows, all of them trained, recorded or not: later deals are undone."""
+        """The run goes on after ``step`` finished windows, all trained, recorded or not: later deals are undone."""
         with self._transaction():
             self._db.execute("DELETE FROM deals WHERE step >= ?", (step,))
             self._db.execute("UPDATE deals SET trained = 1 WHERE step = ? - 1 AND step >= 0", (step,))
