@@ -25,6 +25,7 @@ from pathlib import Path
 from chaos_faults import faults_of
 from chaos_files import FileWires
 from chaos_oracle import Result, result_of
+from chaos_processes import processes_of
 from chaos_services import ServiceWires
 from chaos_world import ChaosFailure, Injected, World, WorldWires
 from tiny_model import TinyModel, write_tiny_model
@@ -106,6 +107,8 @@ class Campaign:
             raise
         finally:
             world.close()
+        if left := processes_of(world.directory):
+            raise ChaosFailure(f"left running after world {self.worlds}: {', '.join(left)}")
         self._count(wires, world)
         shutil.rmtree(world.directory, ignore_errors=True)
 
