@@ -130,7 +130,7 @@ def capture(wiring: Wiring, *, samples: int, name: str) -> None:
         sign=lambda ref: sign(ref, token=TOKEN, run_id="load-run"),
         holder=name,
     )
-    limits = CaptureLimits(max_attempts=3, deadline_seconds=120.0)
+    limits = CaptureLimits(max_attempts=3, deadline_seconds=120.0, room_seconds=120.0)
     CaptureLoop(parts, limits=limits, progress=SilentProgress(), stop=StopSignal()).run(lambda: desk.ended is None)
     writer.close()
     desk.close()

@@ -159,7 +159,7 @@ class Capture(threading.Thread):
             sign=lambda ref: ref,
             holder="capture",
         )
-        limits = CaptureLimits(max_attempts=2, deadline_seconds=20.0)
+        limits = CaptureLimits(max_attempts=2, deadline_seconds=20.0, room_seconds=20.0)
         self.loop = CaptureLoop(parts, limits=limits, progress=SilentProgress(), stop=self.stop)
 
     def run(self) -> None:

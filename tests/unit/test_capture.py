@@ -71,7 +71,7 @@ class Rig:
             sign=sign,
             holder="w",
         )
-        limits = {"max_attempts": 3, "deadline_seconds": 20.0, **limits}
+        limits = {"max_attempts": 3, "deadline_seconds": 20.0, "room_seconds": 20.0, **limits}
         self.loop = CaptureLoop(parts, limits=CaptureLimits(**limits), progress=self.progress, stop=self.stop)
 
     def offer(self, prompts: int, *, size: int = 3, **fields) -> None:

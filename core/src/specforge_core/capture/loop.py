@@ -70,11 +70,13 @@ class CaptureLimits:
     """How patient capture is.
 
     :param max_attempts: how often a batch is tried, in this process or any other, before its prompts are tried alone.
-    :param deadline_seconds: longest wait for a lease, or for room in the store, while nothing else moves.
+    :param deadline_seconds: longest wait for a lease while nothing else moves.
+    :param room_seconds: longest wait for room in a full store; 0 where nothing frees any while this captures.
     """
 
     max_attempts: int
     deadline_seconds: float
+    room_seconds: float
 
 
 @dataclass(slots=True)
@@ -220,12 +222,12 @@ class CaptureLoop:
 
     def _when_there_is_room(self, put: Callable[[], SampleRef]) -> SampleRef:
         """Put, waiting for training to free something where the store is full."""
-        until = time.monotonic() + self._limits.deadline_seconds
+        until = time.monotonic() + self._limits.room_seconds
         while True:
             try:
                 return put()
             except StoreFull as error:
-                if time.monotonic() > until:
+                if time.monotonic() >= until:
                     raise
                 self._progress.waiting(f"room in the store: {error.message}")
                 with suppress(PeerDied):

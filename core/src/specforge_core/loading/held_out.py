@@ -101,6 +101,7 @@ class HeldOutCopy:
                     raise
                 self.supply.lost([ref], intact=[])
                 continue
+            self.kept.sync()
             self.writer.publish([self.sign(copied)])
             self.supply.trained(window, [ref])
             self.supply.free([ref])

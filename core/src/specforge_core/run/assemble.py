@@ -154,7 +154,9 @@ class Run:
                 holder=name,
             ),
             limits=CaptureLimits(
-                max_attempts=config.capture.max_attempts, deadline_seconds=config.loading.deadline_seconds
+                max_attempts=config.capture.max_attempts,
+                deadline_seconds=config.loading.deadline_seconds,
+                room_seconds=0.0 if self.plan.feature_reuse else config.loading.deadline_seconds,
             ),
             progress=self.progress("capture"),
             stop=self.stop,
