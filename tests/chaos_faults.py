@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chaos_files import FileWires
 from chaos_processes import Child
-from chaos_services import ServiceWires, full_segment, kill_master, kill_redis, stall_redis
+from chaos_services import ServiceWires, full_segment, kill_master, kill_redis, redis_clock, stall_redis
 from chaos_world import World
 
 Fault = Callable[[World, random.Random], None]
@@ -42,10 +42,9 @@ def _writing_checkpoint(world: World) -> Callable[[], bool]:
 def _fresh_features(world: World) -> Callable[[], bool]:
     """A sample was put a moment ago; its ref is not published yet, or was just now."""
     wires = world.wires
-    if not isinstance(wires, FileWires):
-        return lambda: True
-    before = set(wires.store.glob("??/*.safetensors"))
-    return lambda: bool(set(wires.store.glob("??/*.safetensors")) - before)
+    assert isinstance(wires, FileWires | ServiceWires)
+    before = wires.put_keys()
+    return lambda: bool(wires.put_keys() - before)
 
 
 def _starting(child: Child, world: World, chance: random.Random) -> None:
@@ -177,4 +176,6 @@ def faults_of(world: World) -> dict[str, Fault]:
             "kill master": kill_master,
             "full segment": full_segment,
         }
+        if world.wires.has_clock:
+            faults["redis clock"] = redis_clock
     return faults

@@ -25,6 +25,10 @@ class FileWires:
             "channel": {"name": "file", "path": str(self.refs)},
         }
 
+    def put_keys(self) -> set[str]:
+        """What is in the store at this moment."""
+        return {path.name for path in self.store.glob("??/*.safetensors")}
+
     def fill(self) -> Path:
         """Take all the room there is; returns the file that has it."""
         filler = self.disk / "filler"

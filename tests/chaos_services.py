@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _MASTER_GONE = ("no answer within", "no mooncake master answers", "mooncake")
 _QUIET_VENDOR = "GLOG_minloglevel"
 _NO_ROOM = ("do not fit into the memory",)
 _LEFTOVER_SECONDS = 10.0
+_FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
 
 class ServiceWires:
@@ -34,7 +36,10 @@ class ServiceWires:
         self.run_id = f"chaos-{directory.name}"
         self.keeps = chance.random() < 0.5
         self.holds = chance.random() < 0.5
-        self.redis = RedisService(directory / "redis", appendonly=self.keeps)
+        self._clock = directory / "redis.clock"
+        self.set_clock(0.0)
+        with self._own_clock():
+            self.redis = RedisService(directory / "redis", appendonly=self.keeps)
         self.mooncake = MooncakeService()
         self._holder: Any = None
         self._token = "a secret of this run alone"
@@ -55,6 +60,35 @@ class ServiceWires:
                 "reconnect_seconds": _REDIS_SECONDS,
             },
         }
+
+    @property
+    def has_clock(self) -> bool:
+        """Redis's wall clock can be set: libfaketime is installed."""
+        return _FAKETIME is not None
+
+    def set_clock(self, ahead_seconds: float) -> None:
+        """Set Redis's wall clock against everybody else's."""
+        aside = self._clock.with_suffix(".aside")
+        aside.write_text(f"{ahead_seconds:+.0f}\n")
+        aside.replace(self._clock)
+
+    @contextmanager
+    def _own_clock(self) -> Iterator[None]:
+        """What is started meanwhile goes by a clock of its own, and allocates with libc: Redis's own allocator asks
+        for the time before libfaketime can tell it."""
+        settings = {"FAKETIME_TIMESTAMP_FILE": str(self._clock), "FAKETIME_NO_CACHE": "1"}
+        settings |= {"FAKETIME_DONT_FAKE_MONOTONIC": "1", "LD_PRELOAD": f"{_FAKETIME} libc.so.6"}
+        if _FAKETIME is not None:
+            os.environ.update(settings)
+        try:
+            yield
+        finally:
+            for name in settings:
+                os.environ.pop(name, None)
+
+    def restart_redis(self) -> None:
+        with self._own_clock():
+            self.redis.restart()
 
     def bring_memory(self) -> None:
         """A client in this process that holds features; also one that fills them with its own."""
@@ -99,6 +133,13 @@ class ServiceWires:
             time.sleep(0.2)
         return found + [f"left in the store: {key}" for key in keys]
 
+    def put_keys(self) -> set[str]:
+        """What is in the store at this moment; nothing while its master is not there."""
+        try:
+            return set(self._keys())
+        except OSError:
+            return set()
+
     def _keys(self) -> list[str]:
         return [key for key in self.mooncake.keys(self.run_id) if ".e" in key or "held-out" in key]
 
@@ -122,7 +163,7 @@ def kill_redis(world: World, chance: random.Random) -> None:
     world.begin_fault("kill redis", f"back {how} after {seconds:.1f} s", explains)
     wires.redis.kill()
     world.pass_time(seconds)
-    wires.redis.restart()
+    wires.restart_redis()
 
 
 def stall_redis(world: World, chance: random.Random) -> None:
@@ -132,6 +173,16 @@ def stall_redis(world: World, chance: random.Random) -> None:
     _services(world).redis.stand_still()
     world.pass_time(seconds)
     _services(world).redis.go_on()
+
+
+def redis_clock(world: World, chance: random.Random) -> None:
+    """Redis's clock jumps, by which it tells who lives."""
+    hours = chance.choice([-24.0, -0.001, 0.001, 1.0, 24.0 * 30])
+    world.begin_fault("redis clock", f"{hours:+g} h")
+    _services(world).set_clock(hours * 3600)
+    world.pass_time(chance.uniform(0.2, 2.0))
+    if chance.random() < 0.5:
+        _services(world).set_clock(0.0)
 
 
 def kill_master(world: World, chance: random.Random) -> None:
