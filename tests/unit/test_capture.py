@@ -339,7 +339,7 @@ def test_a_full_store_waits_for_room(tmp_path: Path) -> None:
 
 
 def test_a_store_that_stays_full_ends_at_the_deadline_and_keeps_nothing_of_the_batch(tmp_path: Path) -> None:
-    rig = Rig(tmp_path, capacity=8000, deadline_seconds=0.2)
+    rig = Rig(tmp_path, capacity=8000, room_seconds=0.2)
     rig.offer(20)
     with pytest.raises(StoreFull):
         rig.work()
