@@ -23,6 +23,7 @@ from specforge_core.contracts import (
     PartContext,
     Prompt,
     RunStopped,
+    SampleRef,
     SilentProgress,
     StopSignal,
     StoreFull,
@@ -500,3 +501,23 @@ def test_a_good_sample_passes() -> None:
     [prompt] = make_prompts(1)
     [sample] = TinyTarget().capture([prompt], REQUEST, 0)
     verify_sample(sample, prompt, request=REQUEST, hidden_size=32, epoch=0)
+
+
+@pytest.mark.parametrize("moment", ["before it is published", "while it is published"])
+def test_what_comes_after_the_end_of_training_is_not_left_in_the_store(moment: str, tmp_path: Path) -> None:
+    """A process that stood still, say, while others captured its batch and training finished."""
+
+    def prompts(batch: CaptureBatch) -> list[Prompt]:
+        if moment == "before it is published":
+            rig.desk.end("training has finished")
+        return rig.all_prompts[batch.first : batch.first + batch.count]
+
+    def sign(ref: SampleRef) -> SampleRef:
+        rig.desk.end("training has finished")
+        return ref
+
+    rig = Rig(tmp_path, prompts=prompts, sign=sign)
+    rig.offer(3)
+    rig.work()
+    assert rig.store.usage().samples == 0
+    assert len(rig.refs()) == (0 if moment == "before it is published" else 3)

@@ -148,13 +148,21 @@ class CaptureLoop:
         self._parts.desk.finish(lease)
 
     def _publish(self, refs: Sequence[SampleRef]) -> None:
-        """All of a batch is published, or none of it stays in the store."""
+        """All of a batch is published, or none of it stays in the store.
+
+        When training ends it frees what was published until then; what comes later is freed here.
+        """
+        if self._parts.desk.ended is not None:
+            self._delete(refs)
+            return
         try:
             self._parts.store.sync()
             self._parts.writer.publish([self._parts.sign(ref) for ref in refs])
         except BaseException:
             self._delete(refs)
             raise
+        if self._parts.desk.ended is not None:  # perhaps before this was published
+            self._delete(refs)
         for ref in refs:
             self.counts.samples += not ref.skipped
             self.counts.tokens += ref.num_tokens
