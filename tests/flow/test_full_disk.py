@@ -131,7 +131,8 @@ def small_disk(workshop: Workshop) -> Iterator[Callable[[int], Path]]:
         return place
 
     yield mount
-    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+    # Lazily: prompts mapped by a command that was refused in this process may still be open.
+    subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
 
 
 def test_a_full_file_system_while_capturing(

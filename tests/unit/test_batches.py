@@ -109,9 +109,9 @@ INFO = TinyTargetConfig().describe()
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"info": replace(INFO, num_layers=INFO.num_layers + 1)}, "another target$"),
     "target's name": ({"info": replace(INFO, name_or_path="models/other")}, "another target$"),
-    "request": ({"request": CaptureRequest((1, 2), "post")}, "another request$"),
-    "prompts": ({"prompts": "another corpus"}, "another prompts$"),
-    "two parts": ({"prompts": "another", "request": CaptureRequest((1,))}, "another request and another prompts$"),
+    "request": ({"request": CaptureRequest((1, 2), "post")}, "set of captured features$"),
+    "prompts": ({"prompts": "another corpus"}, "another set of prompts$"),
+    "two parts": ({"prompts": "another", "request": CaptureRequest((1,))}, "features and another set of prompts$"),
 }
 
 

@@ -81,7 +81,6 @@ def test_watermarks_that_just_fit(registry: PluginRegistry, overrides: list[str]
     [
         ("offline", "checkpoint", "never"),
         ("colocated", None, "window"),
-        ("colocated", "checkpoint", "checkpoint"),
         ("disaggregated", None, "checkpoint"),
         ("disaggregated", "window", "window"),
     ],
@@ -166,3 +165,8 @@ def test_schema_holds_installed_sections(registry: PluginRegistry) -> None:
     assert {"$ref": "#/$defs/strategy.fancy"} in schema["properties"]["strategy"]["anyOf"]
     assert schema["$defs"]["strategy.fancy"]["properties"]["name"]["const"] == "fancy"
     assert {"type": "null"} in schema["properties"]["store"]["anyOf"]
+
+
+def test_a_store_that_dies_with_its_process_keeps_nothing_for_a_checkpoint(registry: PluginRegistry) -> None:
+    with pytest.raises(PlanError, match=r"loading\.retain.*'memory' ends with its process"):
+        plan(registry, topology="colocated", loading={"retain": "checkpoint"})

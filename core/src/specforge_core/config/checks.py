@@ -137,6 +137,11 @@ def _check_watermarks(parts: Composition) -> Iterator[str]:
             f"hold less than the low watermark's {low} samples and a capture batch of {capture.batch_size}; "
             "raise it, or lower capture.batch_size"
         )
+    if config.loading.retain == "checkpoint" and parts.store is not None and not parts.store.capabilities.cross_process:
+        yield (
+            f"{parts.at('loading', 'retain')}: store {parts.store.name!r} ends with its process, so nothing it keeps "
+            "until a checkpoint outlives a crash; leave it out"
+        )
     limit = capture.high_watermark_bytes
     if limit is None or parts.request is None or parts.info is None or parts.request.dtype not in DTYPE_BYTES:
         return

@@ -22,6 +22,7 @@ from specforge_core.features.ref_codec import RefDecoder, RefEncoder
 _APPLICATION_ID = 0x53464C31  # "SFL1", in the file's header
 _FORMAT = 1
 _LOCK_SECONDS = 5.0
+_COMPACT = (",", ":")
 _PAGE_OF_DEALS = 1000
 
 # A sample's features are *live* until they are freed. Finished runs have millions of samples and few live ones, so
@@ -138,8 +139,8 @@ class Ledger:
         rows, layouts = [], []
         for ref in refs:
             layout, record = encoder.encode(ref)
-            layouts += [_compact(layout)] if layout is not None else []
-            rows.append((ref.sample_id, ref.generation, _compact(record)))
+            layouts += [json.dumps(layout, separators=_COMPACT, ensure_ascii=False)] if layout is not None else []
+            rows.append((ref.sample_id, ref.generation, json.dumps(record, separators=_COMPACT, ensure_ascii=False)))
         first = len(self._decoder.layouts)
         with self._transaction():
             self._db.executemany("INSERT INTO layouts VALUES (?, ?)", enumerate(layouts, start=first))
@@ -160,12 +161,14 @@ class Ledger:
     def deal(self, window: int, sample_ids: Sequence[str]) -> None:
         """Record which samples a window consists of, in order, in place of what it held before.
 
-        A sample whose features nobody has (one set aside, a member of zero weight) is dealt as generation 0.
+        A sample whose features nobody has (one set aside, a member of zero weight) is dealt as generation 0. Windows
+        below 0 are of held-out samples, which are copied again where their copies were removed.
 
         :raises ValueError: the window was trained already.
         """
         with self._transaction():
-            if self._db.execute("SELECT 1 FROM deals WHERE step = ? AND trained = 1", (window,)).fetchone():
+            trained = "SELECT 1 FROM deals WHERE step = ? AND step >= 0 AND trained = 1"
+            if self._db.execute(trained, (window,)).fetchone():
                 raise ValueError(f"window {window} was trained and is dealt again")
             self._db.execute("DELETE FROM deals WHERE step = ?", (window,))
             self._db.executemany(_DEAL, [(window, place, sample) for place, sample in enumerate(sample_ids)])
@@ -262,10 +265,6 @@ class NoLedger:
         return iter(())
 
     def close(self) -> None: ...
-
-
-def _compact(record: object) -> str:
-    return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
 
 
 @contextmanager

@@ -94,9 +94,6 @@ class Supply:
 
     def rewind(self, step: int) -> None:
         """Training stands at ``step`` finished windows: what a checkpoint covers is freed, the rest is wanted again."""
-        if self._parts.reuse_features:
-            self._parts.ledger.rewind(step)
-            return
         self._parts.ledger.rewind(step)
         self.free_covered(step)
 
@@ -120,6 +117,7 @@ class Supply:
         :raises AccessDenied: a ref that nobody with this run's token signed.
         :raises RunStopped: the run was asked to stop.
         """
+        self._parts.stop.raise_if_requested()
         self._parts.demand.top_up()
         missing = self._book.missing(keys)
         while missing and self._read(0.0):

@@ -24,7 +24,7 @@ from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.run.feature_manifest import describe_features
 from specforge_core.run.ordered_prompts import OrderedPrompts
 
-_PARTS = ("target", "request", "prompts")
+_PARTS = {"target": "target", "request": "set of captured features", "prompts": "set of prompts"}
 
 
 class RunBatches:
@@ -79,12 +79,12 @@ class RunBatches:
         ours = self.fingerprint(batch.split)
         if ours != batch.fingerprint:
             asked = batch.fingerprint.split("-")
-            differ = [part for part, own, theirs in zip(_PARTS, ours.split("-"), asked, strict=False) if own != theirs]
+            parts = zip(_PARTS.values(), ours.split("-"), asked, strict=False)
+            differ = [part for part, own, theirs in parts if own != theirs]
             raise DataError(
                 f"what is wanted was planned with another {' and another '.join(differ) or 'version of specforge'}",
                 where=f"batch {batch.key}",
-                hint="give every process of a run the same run file, data and target "
-                "(request: what the strategy captures)",
+                hint="give every process of a run the same run file, data and target",
             )
         prompts = self._prompts(batch.split)
         if batch.split == "train" and not self._plan.feature_reuse:

@@ -88,7 +88,6 @@ def _train_online(run: Run) -> Outcome:
     end.desk.end(FINISHED if outcome == "finished" else f"training was stopped: {run.stop.reason}")
     if outcome == "finished":
         end.supply.discard_rest()
-    end.reader.close()
     return outcome
 
 
@@ -169,7 +168,16 @@ def _capture_what_is_wanted(run: Run) -> CaptureCounts:
         if stale != FINISHED:
             run.progress("capture").begin("capturing what training wants", None)
             half.loop.run(goes_on)
+        if half.desk.ended == FINISHED:
+            _discard_late(run, half.writer)
     return half.loop.counts
+
+
+def _discard_late(run: Run, writer: RefWriter) -> None:
+    """Training has finished: what slow processes published after that nobody will read."""
+    for ref in writer.published():
+        if not ref.skipped:
+            run.wires["train"].store.delete(ref)
 
 
 @dataclass(frozen=True, slots=True)

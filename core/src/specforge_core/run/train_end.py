@@ -69,6 +69,6 @@ class TrainEnd:
 
     def close(self) -> None:
         """Idempotent."""
-        for opened in ("desk", "ledger"):
+        for opened in ("desk", "reader", "ledger"):
             if opened in self.__dict__:
                 self.__dict__[opened].close()
