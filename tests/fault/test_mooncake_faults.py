@@ -22,6 +22,7 @@ from mooncake_producer import Producer
 from mooncake_service import MooncakeService, fresh_run, mooncake_service, require_mooncake, wait_until
 from specforge_core.contracts import AccessDenied, FeatureGone, StoreError
 from specforge_core.testing.samples import assert_same, make_sample
+from specforge_mooncake_store.connection import IN_PROGRESS
 
 require_mooncake()
 torch.set_num_threads(1)
@@ -159,6 +160,46 @@ def test_killed_in_the_middle_of_puts_leaves_no_sample_torn(service: MooncakeSer
         for number, ref in enumerate(new):
             assert_same(store.get(ref), make_sample(number, num_tokens=20_000))
         wait_until(lambda: len(service.keys(f"specforge/{run}/s/")) == sum(len(ref.features) for ref in new))
+
+
+KILLED_IN_A_PUT = """
+import sys
+import torch
+from mooncake.store import MooncakeDistributedStore
+from specforge_mooncake_store.vendor_environment import limit_waits
+limit_waits("127.0.0.1")
+client = MooncakeDistributedStore()
+assert client.setup("127.0.0.1", "P2PHANDSHAKE", 0, 0, "tcp", "", sys.argv[1]) == 0
+tensor = torch.zeros(40 << 20, dtype=torch.uint8)
+print("now", flush=True)
+client.put_from(sys.argv[2], tensor.data_ptr(), tensor.nbytes)
+"""
+
+
+def half_put(service: MooncakeService, store: Any, key: str) -> None:
+    """Leave a key as a process leaves it that is killed in the middle of putting it."""
+    for delay in (0.005, 0.01, 0.002, 0.02, 0.003) * 4:
+        command = [sys.executable, "-c", KILLED_IN_A_PUT, service.address, key]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(delay)
+            process.kill()
+        if store._connection.get_into([key], [torch.empty(8, dtype=torch.uint8)]) == [IN_PROGRESS]:
+            return
+        store._connection.remove([key])
+    pytest.skip("no process was killed in the middle of its put")
+
+
+def test_a_process_killed_in_the_middle_of_a_put_is_not_waited_for(service: MooncakeService) -> None:
+    """Its memory is elsewhere, so what it began stays begun until the master discards that, after half a minute."""
+    with closing(service.store("run")) as store:
+        half_put(service, store, store._keys.index_key("p.e0"))
+        with within(5.0):
+            ref = store.put("p.e0", make_sample(0))
+            assert_same(store.get(ref), make_sample(0))
+            store.delete(ref)
+        assert error_of(lambda: store.get(ref)) is FeatureGone
 
 
 def test_attaching_without_a_master_ends(service: MooncakeService) -> None:

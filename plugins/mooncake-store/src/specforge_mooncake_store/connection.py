@@ -37,6 +37,7 @@ class Unreachable(Exception):
     """A master or peer did not answer, or did not finish: worth asking again."""
 
     def __init__(self, what: str, code: int) -> None:
+        self.code = code
         expired = " (its lease expired meanwhile: start the master with a longer --default_kv_lease_ttl)"
         super().__init__(f"{what} ended with code {code}{expired if code == LEASE_EXPIRED else ''}")
 

@@ -40,6 +40,7 @@ from specforge_core.contracts import (
 from specforge_mooncake_store.access import AccessGuard
 from specforge_mooncake_store.connection import (
     BAD_LENGTH,
+    IN_PROGRESS,
     NO_SUCH_KEY,
     Connection,
     StoreHasNoRoom,
@@ -217,7 +218,13 @@ class MooncakeStore(FeatureStore):
             self._connection.close()
 
     def _read_index(self, sample_id: str) -> IndexRecord | None:
-        content = self._connection.read_small(self._keys.index_key(sample_id))
+        """None: nobody has put the sample, or it is being put; for minutes, by a process that died putting it."""
+        try:
+            content = self._connection.read_small(self._keys.index_key(sample_id))
+        except Unreachable as error:
+            if error.code != IN_PROGRESS:
+                raise
+            return None
         return None if content is None else IndexRecord.decode(content)
 
     def _lock_of(self, sample_id: str) -> threading.Lock:
