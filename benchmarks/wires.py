@@ -3,16 +3,16 @@
 
     python benchmarks/wires.py [SECTION ...] [--directory DIR] [--rounds N]
 
-Every section compares sides; each side is a process that waits while the other works (see alternation.py). A side is a
+Most sections compare sides; each side is a process that waits while the other works (see alternation.py). A side is a
 function that is given a scratch directory and a mode, and returns a step: one call does the work once and says how many
-seconds each part of it took. Another section is another function in SECTIONS.
+seconds each part of it took. Another section is another entry of SECTIONS. Channels and the mooncake store, which need
+no second process, are measured by modules of their own and joined here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 import tempfile
@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import channels
+import mooncake_store
 from alternation import Side
 
 Step = Callable[[], dict[str, float]]
@@ -183,6 +185,26 @@ SECTIONS: dict[str, Section] = {
 }
 
 
+def report_file_channel(directory: Path, rounds: int) -> list[str]:
+    return channels.describe(channels.compare_files(directory))
+
+
+def report_redis_channel(directory: Path, rounds: int) -> list[str]:
+    return channels.describe(channels.compare_redis())
+
+
+def report_mooncake(directory: Path, rounds: int) -> list[str]:
+    return [str(figures) for figures in mooncake_store.figures(3 * rounds)]
+
+
+REPORTS: dict[str, Callable[[Path, int], list[str]]] = {
+    "file-channel": report_file_channel,
+    "redis-channel": report_redis_channel,
+    "mooncake-store": report_mooncake,
+}
+ON_DISK_OR_NOT = ("file-store", "residents", "file-channel")
+
+
 def _parts(found: Mapping[str, Times]) -> str:
     return "; ".join(
         f"{side}: " + ", ".join(f"{part} {1e3 * seconds:.3g} ms" for part, seconds in times.items())
@@ -224,7 +246,9 @@ def measure(name: str, mode: str, rounds: int) -> dict[str, Times]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join([*SECTIONS, *REPORTS])}; default: all"
+    )
     parser.add_argument("--directory", type=Path, action="append", help="where to write; default: memory, then disk")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -233,20 +257,29 @@ def main() -> None:
     if options.worker:
         work(options.worker, options.scratch)
         return
-    unknown = set(options.sections) - set(SECTIONS)
+    known = [*SECTIONS, *REPORTS]
+    unknown = set(options.sections) - set(known)
     if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; sections are {', '.join(SECTIONS)}")
-    for directory in options.directory or [Path("/dev/shm"), Path(tempfile.gettempdir())]:
-        scratch = Path(tempfile.mkdtemp(prefix="wires-", dir=directory))
-        sys.argv[1:] = ["--scratch", str(scratch)]  # what the workers are started with
-        try:
-            for name in options.sections or SECTIONS:
-                for mode in SECTIONS[name].modes:
-                    print(f"{SECTIONS[name].title} ({mode}, in {directory})")
-                    for line in SECTIONS[name].show(measure(name, mode, options.rounds)):
-                        print(f"  {line}")
-        finally:
-            shutil.rmtree(scratch)
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; sections are {', '.join(known)}")
+    places = options.directory or [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    for name in options.sections or known:
+        for directory in places if name in ON_DISK_OR_NOT else places[:1]:
+            with tempfile.TemporaryDirectory(prefix="wires-", dir=directory) as scratch:
+                show(name, Path(scratch), rounds=options.rounds)
+
+
+def show(name: str, scratch: Path, *, rounds: int) -> None:
+    """Measure and print one section."""
+    if name in REPORTS:
+        print(f"{name} (in {scratch.parent})", flush=True)
+        for line in REPORTS[name](scratch, rounds):
+            print(f"  {line}", flush=True)
+        return
+    sys.argv[1:] = ["--scratch", str(scratch)]  # what the workers are started with
+    for mode in SECTIONS[name].modes:
+        print(f"{SECTIONS[name].title} ({mode}, in {scratch.parent})", flush=True)
+        for line in SECTIONS[name].show(measure(name, mode, rounds)):
+            print(f"  {line}", flush=True)
 
 
 if __name__ == "__main__":
