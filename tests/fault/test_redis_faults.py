@@ -260,6 +260,26 @@ def test_the_lease_of_a_killed_process_comes_back(service: RedisService) -> None
     reader.close()
 
 
+def test_the_lease_of_a_killed_process_comes_back_though_the_servers_clock_went_back(service: RedisService) -> None:
+    """Its last heartbeat then ends a day from now, by the new clock."""
+    run = fresh_run()
+    channel = service.channel(run)
+    desk = channel.leases()
+    desk.offer([batch(0)])
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, service.url, run, "doomed"], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == batch(0).key
+        holder.kill()
+    client = service.client()
+    [alive] = client.keys("*:alive")
+    client.zincrby(alive, 86_400_000, "w:doomed")
+    writer = channel.writer("capture-0")
+    assert desk.take("capture-0", DEADLINE) is not None
+    writer.close()
+
+
 def test_a_reader_that_died_is_replaced_and_one_that_lives_is_not(service: RedisService) -> None:
     run = fresh_run()
     first = service.channel(run).reader()

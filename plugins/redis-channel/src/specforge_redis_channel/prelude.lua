@@ -26,13 +26,17 @@ local function even_if_full()
   redis.call('ZREM', ALIVE, '')
 end
 
-local function lives(member)
-  local ends = redis.call('ZSCORE', ALIVE, member)
-  return ends and tonumber(ends) > NOW
-end
-
 local function beat(member)
   redis.call('ZADD', ALIVE, NOW + TTL, member)
+end
+
+local function lives(member)
+  local ends = tonumber(redis.call('ZSCORE', ALIVE, member) or 0)
+  if ends > NOW + TTL then  -- this clock went back: it would live for so much longer
+    even_if_full()
+    beat(member)
+  end
+  return ends > NOW
 end
 
 -- Whether a writer ended: it said so, or (where the caller may judge) its heartbeat did.
