@@ -145,9 +145,10 @@ def _capture_once(run: Run, split: Split) -> CaptureCounts:
     """Capture a split for every epoch to come; goes on where interrupted captures stopped."""
     record_features(run.directory.split(split), run.manifest(split))
     with _capturing(run, split) as half:
+        outstanding = half.desk.outstanding()
         done = {ref.sample_id for ref in half.writer.published()}
         run.progress("capture").begin(f"capturing {split} prompts", len(run.prompts(split)) - len(done))
-        Demand(half.desk, _NO_LIMIT).begin(run.batches.planned_once(split), done)
+        Demand(half.desk, _NO_LIMIT).begin(run.batches.planned_once(split), done, outstanding=outstanding)
         half.loop.run(lambda: bool(half.desk.outstanding()))
         run.wires[split].channel.seal()
     return half.loop.counts
@@ -168,16 +169,7 @@ def _capture_what_is_wanted(run: Run) -> CaptureCounts:
         if stale != FINISHED:
             run.progress("capture").begin("capturing what training wants", None)
             half.loop.run(goes_on)
-        if half.desk.ended == FINISHED:
-            _discard_late(run, half.writer)
     return half.loop.counts
-
-
-def _discard_late(run: Run, writer: RefWriter) -> None:
-    """Training has finished: what slow processes published after that nobody will read."""
-    for ref in writer.published():
-        if not ref.skipped:
-            run.wires["train"].store.delete(ref)
 
 
 @dataclass(frozen=True, slots=True)
