@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -142,7 +143,8 @@ class World:
             self._restart(child)
         elif status == 2 and (why := self._explained(child.said())):
             self.counts.restarts_after_error += 1
-            self.counts.errors.append(f"{child.name}: {why}")
+            why = re.sub(r"[\w.-]*[0-9a-f]{6,}[\w.-]*|127\.0\.0\.1:\d+", "…", why.replace(f"{self.directory}/", ""))
+            self.counts.errors.append(f"{child.name.partition('-')[0]}: {why}")
             self._restart(child)
         elif status != 0:
             raise ChaosFailure(f"{child.name} ended with status {status}, which no fault explains")
