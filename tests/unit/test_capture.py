@@ -169,6 +169,16 @@ def test_a_wait_without_any_change_ends_at_the_deadline(tmp_path: Path) -> None:
         rig.loop.run(lambda: True)
 
 
+def test_waiting_at_a_desk_that_was_ended_does_not_ask_without_pause(tmp_path: Path) -> None:
+    """As a capture process does that is started before the train role is started again."""
+    rig = Rig(tmp_path)
+    rig.desk.end("training was stopped")
+    asked = []
+    until = time.monotonic() + 0.4
+    rig.loop.run(lambda: asked.append(1) or time.monotonic() < until)
+    assert len(asked) <= 3
+
+
 def test_a_stop_ends_a_wait_and_a_run(tmp_path: Path) -> None:
     rig = Rig(tmp_path)
     timer = threading.Timer(0.2, rig.stop.request, ["Ctrl-C"])

@@ -147,7 +147,7 @@ def begun(
 ) -> tuple[Demand, ListDesk]:
     desk = ListDesk()
     demand = Demand(desk, marks)
-    demand.begin(iter(planned(plan, size=size, start=start)), set(available))
+    demand.begin(iter(planned(plan, size=size, start=start)), set(available), outstanding=desk.outstanding())
     return demand, desk
 
 
@@ -265,7 +265,7 @@ def test_what_an_earlier_session_left_outstanding_is_not_offered_again() -> None
     desk.offer([first, alone, held_out])
     desk.offered.clear()
     demand = Demand(desk, NO_LIMIT)
-    demand.begin(iter(planned(plan, size=3)), set())
+    demand.begin(iter(planned(plan, size=3)), set(), outstanding=desk.outstanding())
     assert [(batch.first, batch.wanted) for batch in desk.offered] == [(second.first, (0, 2)), (6, ())]
     assert demand.offer_again(demand.outstanding()) == 0
     demand.arrived(wanted_of([batch for batch in desk.finish_all() if batch.split == "train"], plan))
@@ -341,21 +341,21 @@ def test_beginning_anew_after_held_out_samples_keeps_counting() -> None:
     desk = ListDesk()
     demand = Demand(desk, NO_LIMIT)
     held_out = PlannedBatch(CaptureBatch(split="eval", epoch=0, first=0, count=1), {0: ("h0.held-out", 7)})
-    demand.begin(iter([held_out]), set())
+    demand.begin(iter([held_out]), set(), outstanding=[])
     assert demand.in_flight == InFlight(1, 7)
     desk.finish_all()
     demand.arrived(["h0.held-out"])
     demand.acked(["h0.held-out"], kept=True)
     demand.freed(["h0.held-out"])
     plan = window_plan(3, 3)
-    demand.begin(iter(planned(plan, size=3)), set())
+    demand.begin(iter(planned(plan, size=3)), set(), outstanding=desk.outstanding())
     assert demand.in_flight.refs == 3
     assert not demand.short_of_room
 
 
 def test_offline_nothing_is_wanted() -> None:
     nothing = NothingWanted()
-    nothing.begin(iter(planned(window_plan(3, 3), size=3)), set())
+    nothing.begin(iter(planned(window_plan(3, 3), size=3)), set(), outstanding=[])
     nothing.top_up()
     nothing.arrived(["a"])
     nothing.acked(["a"], kept=True)

@@ -24,6 +24,7 @@ from specforge_core.contracts import (
     skipped_ref,
 )
 from specforge_core.features.ledger import Ledger
+from specforge_core.loading.backpressure import Watermarks
 from specforge_core.loading.supply import Supply
 from toy_capture import InstantDesk, ListDesk
 from toy_run import DictStore, QueueReader, ToyRun, make_sample
@@ -296,11 +297,10 @@ def test_a_failed_capture_is_told_unless_the_run_was_stopped(tmp_path: Path, als
             raise ChannelFailed("out of memory")
 
     run = online(tmp_path, reader=Failed(closed=False))
-    supply = begin(run)
     if also_stopped:
         run.stop.request("Ctrl-C")
     with pytest.raises(RunStopped if also_stopped else ChannelFailed, match=r"out of memory|Ctrl-C"):
-        train(supply, run, 0)
+        begin(run)
 
 
 FORGED: dict[str, tuple[Callable[[SampleRef], SampleRef], str]] = {
@@ -318,9 +318,8 @@ def test_a_forged_ref_is_refused_by_name_and_not_trained(tmp_path: Path, case: s
     good = [sign(run.store.put(key, make_sample(1)), token=TOKEN, run_id="toy") for key in keys(run)]
     forged = forge(replace(good[2], signature=""))
     run.reader = QueueReader([*good[:2], forged, good[3]], closed=False)
-    supply = begin(run)
     with pytest.raises(AccessDenied, match=rf"sample {forged.sample_id}: .*{said}"):
-        supply.collect(keys(run), what="window 0", patient=True)
+        begin(run)
     run.reader = QueueReader(good, closed=False)
     assert begin(run).collect(keys(run), what="window 0", patient=True), "nothing of the bad poll was recorded"
 
@@ -337,6 +336,33 @@ def test_a_resumed_session_goes_on_with_what_is_still_there(tmp_path: Path) -> N
     assert first.store.usage().samples == 4, "the checkpoint covers window 0"
     train(supply, second, 1)
     assert [trained for *_, trained in ledger(second).deals()] == [True] * 8
+
+
+def test_a_resumed_session_reads_what_came_meanwhile_before_it_asks(tmp_path: Path) -> None:
+    """Capture went on while training was down: its refs lie in the channel, and no ledger has seen them."""
+    first = online(tmp_path, free="checkpoint")
+    begin(first)
+    second = online(tmp_path, free="checkpoint", store=first.store, reader=first.reader)
+    supply = begin(second)
+    assert captured(second) == []
+    for window in range(2):
+        refs = train(supply, second, window)
+        assert {ref.generation for ref in refs} == {1}
+
+
+def test_features_that_are_gone_before_there_is_room_to_ask_for_them(tmp_path: Path) -> None:
+    """Kept from a session with higher watermarks, and taken into a window ahead of what this one asked for."""
+    run = online(tmp_path)
+    supply = begin(run)
+    supply.collect(keys(run, 1), what="window 1", patient=True)
+    again = online(tmp_path, store=run.store, watermarks=Watermarks(high_watermark_refs=5, low_watermark_refs=4))
+    supply = begin(again)
+    supply.collect(keys(again, 1), what="window 1", patient=True)
+    refs = supply.deal(1, keys(again, 1))
+    run.store.delete(refs[0])
+    supply.lost(refs[:1], intact=refs[1:])
+    train(supply, again, 0)
+    assert [ref.generation for ref in train(supply, again, 1)] == [2, 1, 1, 1]
 
 
 def test_a_resumed_session_captures_again_what_was_trained_after_the_checkpoint_and_freed(tmp_path: Path) -> None:

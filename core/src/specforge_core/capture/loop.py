@@ -121,6 +121,7 @@ class CaptureLoop:
             self.counts.waited_seconds += time.monotonic() - asked
             if lease is None:
                 self._progress.waiting(quiet.describe(self._parts.writer))
+                self._stop.wait(asked + _TICK_SECONDS - time.monotonic())  # an ended desk does not wait
                 continue
             self._progress.waiting(None)
             self._work_off(lease)

@@ -50,15 +50,18 @@ class Demand:
         self._kept_bytes = 0
         self._offers: dict[str, int] = defaultdict(int)
 
-    def begin(self, planned: Iterator[PlannedBatch], available: Collection[str]) -> None:
+    def begin(
+        self, planned: Iterator[PlannedBatch], available: Collection[str], *, outstanding: Collection[CaptureBatch]
+    ) -> None:
         """Want these batches, one after another, but for samples that are ``available`` already.
 
-        What an earlier session offered and nobody finished stays offered and is not offered again.
+        :param outstanding: what an earlier session offered and nobody had finished, asked for before everything
+            published was read: it stays offered and is not offered again.
         """
         self._planned = planned
         self._next = next(planned, None)
         self._available = set(available)
-        self._places = _places(self._desk.outstanding())
+        self._places = _places(outstanding)
         self.top_up()
 
     @property
@@ -127,10 +130,12 @@ class Demand:
     def lost(self, sample_ids: Iterable[str]) -> None:
         """These samples' features are gone after their refs had come: ``offer_again`` will find them."""
         for sample_id in sample_ids:
-            self._in_flight[sample_id].here = False
+            if sample_id in self._in_flight:
+                self._in_flight[sample_id].here = False
+            self._available.discard(sample_id)  # where there was no room yet to ask for it: it will be asked for then
 
     def outstanding(self) -> list[CaptureBatch]:
-        """What the desk has now. To be asked before the channel is read; see ``offer_again``."""
+        """What the desk has now. To be asked before the channel is read; see ``begin`` and ``offer_again``."""
         return self._desk.outstanding()
 
     def offer_again(self, outstanding: Collection[CaptureBatch]) -> int:
@@ -167,7 +172,9 @@ class NothingWanted(Demand):
     def __init__(self) -> None:
         pass
 
-    def begin(self, planned: Iterator[PlannedBatch], available: Collection[str]) -> None:
+    def begin(
+        self, planned: Iterator[PlannedBatch], available: Collection[str], *, outstanding: Collection[CaptureBatch]
+    ) -> None:
         pass
 
     @property

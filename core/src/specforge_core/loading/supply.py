@@ -8,7 +8,6 @@ got lost, and offers that again.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 from specforge_core.contracts import (
     ChannelFailed,
     DataError,
-    DeadlineExceeded,
     FeatureStore,
     PeerDied,
     Progress,
@@ -26,6 +24,7 @@ from specforge_core.contracts import (
     StopSignal,
 )
 from specforge_core.loading.demand import Demand, PlannedBatch
+from specforge_core.loading.patience import Patience
 from specforge_core.loading.ref_book import RefBook
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 Free = Literal["never", "window", "checkpoint"]
 
 _TICK_SECONDS = 0.1
-_HEAL_SECONDS = 2.0
 _RELIEF_SECONDS = 5.0
 
 
@@ -66,7 +64,7 @@ class Supply:
 
     def __init__(self, parts: SupplyParts) -> None:
         self._parts = parts
-        self._relieve: Callable[[], None] = _nothing
+        self._relieve: Callable[[], None] = lambda: None
         self._book = RefBook(
             parts.reader,
             ledger=parts.ledger,
@@ -98,10 +96,11 @@ class Supply:
         self.free_covered(step)
 
     def want(self, planned: Iterator[PlannedBatch]) -> None:
-        """Have these batches captured, but for samples whose features are still here from an earlier session."""
-        available = [] if self._parts.reuse_features else self._parts.ledger.available()
+        """Have these batches captured, but for samples whose features are here, or come, from an earlier session."""
+        outstanding = self._parts.demand.outstanding()
+        available = [] if self._parts.reuse_features else self._came_before()
         self._book.restore(available)
-        self._parts.demand.begin(planned, {ref.sample_id for ref in available})
+        self._parts.demand.begin(planned, {ref.sample_id for ref in available}, outstanding=outstanding)
 
     def relieve_by(self, relieve: Callable[[], None]) -> None:
         """What to do when a wait may be for room that only a checkpoint makes: ``relieve`` writes one."""
@@ -173,9 +172,8 @@ class Supply:
 
     def discard_rest(self) -> None:
         """Training has finished: what came and was not wanted, or came twice, is freed."""
-        with suppress(ChannelFailed):  # how capture ends does not matter any more
-            while self._read(0.0):
-                pass
+        with suppress(ChannelFailed):  # how capture ended
+            self._read_all()
         refs = self._book.take_rest()
         self._parts.reader.ack([ref.sample_id for ref in refs], 0)
         self.free(refs)
@@ -190,7 +188,7 @@ class Supply:
             self._parts.store.delete(ref)
 
     def _wait_for(self, keys: Sequence[str], missing: list[str], *, what: str) -> None:
-        patience = _Patience(self._parts.deadline_seconds)
+        patience = Patience(self._parts.deadline_seconds)
         self._parts.progress.waiting("features")
         while missing:
             self._parts.stop.raise_if_requested()
@@ -213,11 +211,18 @@ class Supply:
     def _heal(self) -> bool:
         """Offer again what got lost on its way here; whether anything had."""
         outstanding = self._parts.demand.outstanding()
-        while self._read(0.0):
-            pass
+        self._read_all()
         return self._parts.demand.offer_again(outstanding) > 0
 
-    def _read(self, timeout: float, *, patience: _Patience | None = None) -> bool:
+    def _came_before(self) -> list[SampleRef]:
+        self._read_all()  # capture may have gone on while nobody read
+        return self._parts.ledger.available()
+
+    def _read_all(self) -> None:
+        while self._read(0.0):
+            pass
+
+    def _read(self, timeout: float, *, patience: Patience | None = None) -> bool:
         """Take in refs; False where nothing came."""
         try:
             came = self._book.read(timeout)
@@ -248,50 +253,4 @@ class Supply:
             + self._arrived(keys, missing, what),
             where=f"sample {missing[0]}",
             hint="capture features from the same prompts, data settings and number of epochs as training uses",
-        )
-
-
-def _nothing() -> None:
-    pass
-
-
-class _Patience:
-    """One wait: how long it still lasts, and what to say when it does not."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._death: PeerDied | None = None
-        self.renew()
-        self._healed = time.monotonic()
-
-    def renew(self) -> None:
-        self._until = time.monotonic() + self._seconds
-
-    @property
-    def waited(self) -> float:
-        """Seconds since something last came."""
-        return self._seconds - (self._until - time.monotonic())
-
-    @property
-    def ended(self) -> bool:
-        return time.monotonic() > self._until
-
-    def heals(self) -> bool:
-        """Whether it is time to look for what got lost."""
-        now = time.monotonic()
-        if now - self._healed < _HEAL_SECONDS:
-            return False
-        self._healed = now
-        return True
-
-    def died(self, error: PeerDied) -> None:
-        self._death = error
-
-    def error(self, arrived: str, *, sample: str) -> DeadlineExceeded:
-        why = "" if self._death is None else f"; no capture process is alive: {self._death.message}"
-        return DeadlineExceeded(
-            f"not captured within {self._seconds:g} s; arrived so far: {arrived}{why}",
-            where=f"sample {sample}",
-            hint="start `specforge capture` with this run file, or see what the capture half is doing; "
-            "loading.deadline_seconds is how long it may take",
         )
