@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from specforge_core.contracts import PartContext, SampleRef
+from specforge_core.contracts import PartContext, SampleRef, describe_sample
 from specforge_core.testing.samples import make_sample
 from specforge_mooncake_store.config import MooncakeStoreConfig
-from specforge_mooncake_store.layout import describe
 
 
 class Producer:
@@ -38,7 +37,10 @@ class Producer:
         if number == "done":
             return None
         sample = make_sample(int(number), num_tokens=self._tokens)
-        return dataclasses.replace(describe(sample.sample_id, sample, store="mooncake"), generation=int(generation))
+        ref = describe_sample(sample.sample_id, sample, store="mooncake")
+        return dataclasses.replace(ref, generation=int(generation))
+            describe_sample(sample.sample_id, sample, store="mooncake"), generation=int(generation)
+        )
 
     def refs(self) -> list[SampleRef]:
         """Everything it puts."""

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal
 
+from specforge_core.contracts.errors import StoreError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -175,6 +177,26 @@ class SampleRef:
     @property
     def skipped(self) -> bool:
         return not self.features
+
+
+def describe_sample(sample_id: str, sample: Sample, *, store: str) -> SampleRef:
+    """The unsigned ref of a sample as it is being put; its generation (here 0) is the store's to draw.
+
+    :raises StoreError: a sample without ``input_ids``, or an id that is empty.
+    """
+    if not sample_id:
+        raise StoreError("an empty sample id")
+    if INPUT_IDS not in sample.features:
+        raise StoreError(f"a sample without {INPUT_IDS}", where=sample_id)
+    return SampleRef(
+        sample_id=sample_id,
+        generation=0,
+        store=store,
+        features=sample.specs(),
+        num_tokens=sample.num_tokens,
+        prompt_id=sample.prompt_id,
+        epoch=sample.epoch,
+    )
 
 
 def skipped_ref(sample_id: str, *, prompt_id: str, epoch: int) -> SampleRef:

@@ -35,9 +35,10 @@ from specforge_core.contracts import (
     StoreError,
     StoreFull,
     Usage,
+    describe_sample,
 )
 from specforge_core.features.file_lock import sync_directory
-from specforge_core.features.identity import describe_sample, file_name_problem
+from specforge_core.features.identity import file_name_problem
 from specforge_core.features.sample_file import check_length, encode_sample, read_features, read_header
 from specforge_core.features.store_access import claim_or_attach
 from specforge_core.features.store_aside import Aside, AsideFile
@@ -83,7 +84,7 @@ class FileStore(FeatureStore):
     def put(self, sample_id: str, sample: Sample) -> SampleRef:
         self._refuse_closed()
         place = self._place(sample_id)
-        ref = describe_sample(sample_id, sample, generation=0, store=self._name)
+        ref = describe_sample(sample_id, sample, store=self._name)
         content = encode_sample(sample_id, sample)
         with _reporting(place, "written"):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,8 @@ from specforge_core.contracts import (
     StoreError,
     StoreFull,
     Usage,
+    describe_sample,
 )
-from specforge_core.features.identity import describe_sample
 
 if TYPE_CHECKING:
     from specforge_core.hooks.builtin import MemoryStoreConfig
@@ -44,7 +44,7 @@ class MemoryStore(FeatureStore):
         self._closed = False
 
     def put(self, sample_id: str, sample: Sample) -> SampleRef:
-        ref = describe_sample(sample_id, sample, generation=0, store=self._name)
+        ref = describe_sample(sample_id, sample, store=self._name)
         copied = replace(sample, features={n: t.detach().to("cpu", copy=True) for n, t in sample.features.items()})
         with self._lock:
             self._refuse_closed()

@@ -21,29 +21,9 @@ import json
 from dataclasses import dataclass
 from urllib.parse import quote
 
-from specforge_core.contracts import INPUT_IDS, FeatureSpec, Sample, SampleRef, StoreError
+from specforge_core.contracts import FeatureSpec, SampleRef
 
 _MAX_READABLE = 300
-
-
-def describe(sample_id: str, sample: Sample, *, store: str) -> SampleRef:
-    """The unsigned ref of a sample as it is being put; its generation is still to be drawn.
-
-    :raises StoreError: a sample without ``input_ids``, or an id that is empty.
-    """
-    if not sample_id:
-        raise StoreError("an empty sample id")
-    if INPUT_IDS not in sample.features:
-        raise StoreError(f"a sample without {INPUT_IDS}", where=sample_id)
-    return SampleRef(
-        sample_id=sample_id,
-        generation=0,
-        store=store,
-        features=sample.specs(),
-        num_tokens=sample.num_tokens,
-        prompt_id=sample.prompt_id,
-        epoch=sample.epoch,
-    )
 
 
 def on_wire(ref: SampleRef) -> list[FeatureSpec]:

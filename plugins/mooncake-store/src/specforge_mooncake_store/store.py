@@ -35,6 +35,7 @@ from specforge_core.contracts import (
     StoreError,
     StoreFull,
     Usage,
+    describe_sample,
 )
 
 from specforge_mooncake_store.access import AccessGuard
@@ -49,7 +50,7 @@ from specforge_mooncake_store.connection import (
 )
 from specforge_mooncake_store.generations import Generations
 from specforge_mooncake_store.holdings import Holdings
-from specforge_mooncake_store.layout import IndexRecord, Namespace, describe, digest, on_wire
+from specforge_mooncake_store.layout import IndexRecord, Namespace, digest, on_wire
 from specforge_mooncake_store.removals import Removals
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class MooncakeStore(FeatureStore):
             raise
 
     def put(self, sample_id: str, sample: Sample) -> SampleRef:
-        ref = describe(sample_id, sample, store=self._name)
+        ref = describe_sample(sample_id, sample, store=self._name)
         tensors = [sample.features[spec.name].detach().to("cpu").contiguous() for spec in on_wire(ref)]
         self._removals.work()
         try:
