@@ -39,8 +39,6 @@ class Producer:
         sample = make_sample(int(number), num_tokens=self._tokens)
         ref = describe_sample(sample.sample_id, sample, store="mooncake")
         return dataclasses.replace(ref, generation=int(generation))
-            describe_sample(sample.sample_id, sample, store="mooncake"), generation=int(generation)
-        )
 
     def refs(self) -> list[SampleRef]:
         """Everything it puts."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two halves in one process are joined by one store and one channel, however they race to open them."""
+"""What joins the halves: one store and one channel in one process, and nothing that belongs to something else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from specforge_core.contracts import SilentProgress, StopSignal
+import pytest
+from specforge_core.contracts import (
+    AccessDenied,
+    DataError,
+    SilentProgress,
+    StopSignal,
+    held_out_sample_id,
+    skipped_ref,
+)
 from specforge_core.run.assemble import Run
+from specforge_core.run.directory import RunDirectory
+from specforge_core.run.wires import RunWires
 
 
 class SlowPart:
@@ -36,3 +46,45 @@ def test_halves_that_open_wires_at_once_share_them(tmp_path: Path) -> None:
         half.join(timeout=10)
     assert len(opened) == 2
     assert opened[0] is opened[1]
+
+
+TOKEN = "a secret of thirty-two characters"
+REF = skipped_ref("p1.e0", prompt_id="p1", epoch=0)
+
+
+def wires(tmp_path: Path, *, run_id: str = "r", features: str = "f", reuse: bool = False, token: str | None = None):
+    section = SimpleNamespace(directory=tmp_path, token_file=None)
+    if token is not None:
+        section.token_file = tmp_path / "token"
+        section.token_file.write_text(token)
+    config = SimpleNamespace(run=section, data=SimpleNamespace(features=None))
+    plan: Any = SimpleNamespace(config=config, run_id=run_id, feature_reuse=reuse)
+    return RunWires(plan, RunDirectory(tmp_path, tmp_path), fingerprint=lambda split: f"{features} {split}")
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_what_another_run_left_on_the_same_wires_is_refused(tmp_path: Path, token: str | None) -> None:
+    """Sample ids are positions in the data, so the refs of two runs look alike."""
+    ours = wires(tmp_path, token=token)
+    ours.check(ours.sign(REF))
+    for other in ({"run_id": "another"}, {"features": "of other layers"}):
+        ref = wires(tmp_path, token=token, **other).sign(REF)
+        with pytest.raises(DataError if token is None else AccessDenied, match=r"sample p1\.e0: .*another run"):
+            ours.check(ref)
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_offline_features_belong_to_whoever_captures_the_same(tmp_path: Path, token: str | None) -> None:
+    ours = wires(tmp_path, reuse=True, token=token)
+    ours.check(wires(tmp_path, run_id="another", reuse=True, token=token).sign(REF))
+    with pytest.raises((DataError, AccessDenied)):
+        ours.check(wires(tmp_path, features="of other layers", reuse=True, token=token).sign(REF))
+
+
+def test_held_out_refs_are_of_the_held_out_prompts(tmp_path: Path) -> None:
+    ref = skipped_ref(held_out_sample_id("p1"), prompt_id="p1", epoch=0)
+    splits = list[str]()
+    ours = wires(tmp_path)
+    ours._fingerprint = lambda split: splits.append(split) or split
+    ours.check(ours.sign(ref))
+    assert splits == ["eval", "eval"]

@@ -228,7 +228,7 @@ def test_what_the_channel_lost_is_asked_for_again(tmp_path: Path) -> None:
 
 
 def test_a_sample_that_is_lost_each_time_ends_the_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specforge_core.loading.supply._HEAL_SECONDS", 0.02)
+    monkeypatch.setattr("specforge_core.loading.patience._HEAL_SECONDS", 0.02)
     run = online(tmp_path)
     unlucky = keys(run)[1]
     run.desk = InstantDesk(run, losing=lambda ref: ref.sample_id == unlucky)
