@@ -18,7 +18,7 @@ help:
 	@echo "make load    20,000 samples through 4 capture processes, with backpressure on"
 	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 8 minutes)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the step benchmark against a peer (installs it into an environment of its own)"
+	@echo "make bench   steps against a peer (installed into an environment of its own), stores and channels"
 
 setup: $(STAMP)
 
@@ -53,6 +53,15 @@ compare: setup
 test: setup services
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Long versions of what the suite does in small: faults at random moments, and 20,000 samples.
+SEED   ?= 7
+FAULTS ?= 200
+chaos: setup services
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --faults $(FAULTS) --seed $(SEED)
+
+load: setup services
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load_run.py
+
 # vLLM pins versions that differ from ours, so it has an environment of its own.
 VLLM := .venvs/vllm
 $(VLLM)/.set-up: tests/server/vllm-requirements.txt
@@ -74,10 +83,11 @@ $(PEER)/.set-up: benchmarks/peer-requirements.txt
 	$(PEER)/bin/python -m pip install --quiet -r benchmarks/peer-requirements.txt
 	@touch $@
 
-bench: setup $(PEER)/.set-up
+bench: setup services $(PEER)/.set-up
 	$(BIN)/python benchmarks/cli_startup.py
 	$(BIN)/python benchmarks/eagle3_step.py --peer-python $(PEER)/bin/python
 	$(BIN)/python benchmarks/dflash_step.py --peer-python $(PEER)/bin/python
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/wires.py
 
 clean:
 	rm -rf $(VENV) dist build

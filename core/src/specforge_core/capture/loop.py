@@ -138,7 +138,7 @@ class CaptureLoop:
                 self._publish(self._capture(batch, prompts, attempts=self._limits.max_attempts - lease.attempt + 1))
             elif batch.count > 1:
                 # Processes died of it; alone, each of its prompts shows whether it is the one.
-                self._parts.desk.offer([_alone(batch, offset) for offset in batch.offsets])
+                self._offer_alone(batch)
             else:
                 died = f"capture processes died of it {lease.attempt - 1} times"
                 self._publish([self._set_aside(batch, prompts[0], reason=died)])
@@ -147,6 +147,10 @@ class CaptureLoop:
                 self._parts.desk.give_back(lease)
             raise
         self._parts.desk.finish(lease)
+
+    def _offer_alone(self, batch: CaptureBatch) -> None:
+        if self._parts.desk.ended is None:  # offering would open it again, and nobody would end it
+            self._parts.desk.offer([_alone(batch, offset) for offset in batch.offsets])
 
     def _publish(self, refs: Sequence[SampleRef]) -> None:
         """All of a batch is published, or none of it stays in the store.
