@@ -58,8 +58,9 @@ class RefBook:
         return [key for key in keys if key not in self._refs]
 
     def restore(self, refs: Iterable[SampleRef]) -> None:
-        """Put in refs that came in an earlier session, or were taken and could not be used."""
+        """Put in refs that came in an earlier session, or were taken and could not be used. Raises as ``read`` does."""
         for ref in refs:
+            self._check(ref)
             self._keep(ref)
 
     def read(self, timeout: float) -> list[str] | None:

@@ -76,8 +76,8 @@ class Run:
         self.directory = RunDirectory.of(plan.config)
         self._observers = observers
         self._prompts: dict[Split, PromptSet] = {}
-        self.wires = RunWires(plan, self.directory)
         self.batches = RunBatches(plan, prompts=self.prompts, order=lambda: self.order)
+        self.wires = RunWires(plan, self.directory, fingerprint=self.batches.fingerprint)
 
     @cached_property
     def parallelism(self) -> Parallelism:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from specforge_core.capture.loop import CaptureCounts, CaptureLoop
 from specforge_core.contracts import ChannelFailed, ConfigError, LeaseDesk, RefWriter, RunStopped, Split
@@ -22,7 +24,7 @@ from specforge_core.run.machine import check_device
 from specforge_core.run.wires import process_name
 from specforge_core.training.observers import Outcome
 
-FINISHED = "training has finished"
+_FINISHED = "training has finished"
 _NO_LIMIT = Watermarks(high_watermark_refs=sys.maxsize, low_watermark_refs=1)
 
 
@@ -74,7 +76,9 @@ def _train(run: Run) -> Outcome:
 def _train_online(run: Run) -> Outcome:
     """Train on what is captured meanwhile; capture is told how it ended."""
     end = run.train_end
+    _ = end.reader  # where the wires cannot be opened, nobody can be told
     try:
+        _withdraw_what_changed(run)
         if run.plan.config.data.eval:
             run.copy_held_out()
         trainer = run.trainer()
@@ -85,10 +89,18 @@ def _train_online(run: Run) -> Outcome:
         end.supply.fail(str(error) or type(error).__name__)
         raise
     outcome = trainer.fit()
-    end.desk.end(FINISHED if outcome == "finished" else f"training was stopped: {run.stop.reason}")
+    now = datetime.now(UTC).isoformat(timespec="seconds")  # so that it is unlike an earlier session's end
+    end.desk.end(f"{_FINISHED}, {now}" if outcome == "finished" else f"training was stopped: {run.stop.reason}, {now}")
     if outcome == "finished":
         end.supply.discard_rest()
     return outcome
+
+
+def _withdraw_what_changed(run: Run) -> None:
+    """What an earlier attempt wanted with another target, features or prompts, nobody can capture any more."""
+    desk, ours = run.train_end.desk, {split: run.batches.fingerprint(split) for split in _splits(run)}
+    if any(batch.fingerprint != ours.get(batch.split) for batch in desk.outstanding()):
+        desk.end("what is wanted has changed")
 
 
 def _refuse_half(run: Run) -> None:
@@ -146,7 +158,10 @@ def _capture_once(run: Run, split: Split) -> CaptureCounts:
     record_features(run.directory.split(split), run.manifest(split))
     with _capturing(run, split) as half:
         outstanding = half.desk.outstanding()
-        done = {ref.sample_id for ref in half.writer.published()}
+        published = half.writer.published()
+        for ref in published:
+            run.wires.check(ref)
+        done = {ref.sample_id for ref in published}
         run.progress("capture").begin(f"capturing {split} prompts", len(run.prompts(split)) - len(done))
         Demand(half.desk, _NO_LIMIT).begin(run.batches.planned_once(split), done, outstanding=outstanding)
         half.loop.run(lambda: bool(half.desk.outstanding()))
@@ -157,18 +172,20 @@ def _capture_once(run: Run, split: Split) -> CaptureCounts:
 def _capture_what_is_wanted(run: Run) -> CaptureCounts:
     """Capture what the train role of an online run offers, until it wants no more."""
     with _capturing(run, "train") as half:
-        stale = half.desk.ended
+        stale, until = half.desk.ended, time.monotonic() + run.plan.config.loading.deadline_seconds
 
         def goes_on() -> bool:
+            """Where an earlier session ended, training is yet to come; or not, if it had finished."""
             nonlocal stale
             ended = half.desk.ended
             if ended is None:
                 stale = None
-            return ended is None or ended == stale  # of an earlier session; training is yet to come
+            elif ended != stale:
+                return False
+            return ended is None or not ended.startswith(_FINISHED) or time.monotonic() < until
 
-        if stale != FINISHED:
-            run.progress("capture").begin("capturing what training wants", None)
-            half.loop.run(goes_on)
+        run.progress("capture").begin("capturing what training wants", None)
+        half.loop.run(goes_on)
     return half.loop.counts
 
 

@@ -7,17 +7,21 @@ import os
 import re
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 from specforge_core.config.plan import Plan
 from specforge_core.contracts import (
+    AccessDenied,
+    DataError,
     FeatureStore,
     PartContext,
     RefChannel,
     SampleRef,
     Split,
     check_signature,
+    held_out_sample_id,
     sign,
 )
 from specforge_core.features.file_channel import FileChannel
@@ -26,6 +30,8 @@ from specforge_core.hooks.builtin import FileChannelConfig, FileStoreConfig
 from specforge_core.hooks.descriptors import resolve
 from specforge_core.run.directory import RunDirectory
 from specforge_core.run.token import read_token
+
+_NO_SECRET = "no secret: this only tells what belongs together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +43,15 @@ class Wires:
 
 
 class RunWires:
-    """The run's own wires, and files beside the run for held-out features, which are captured once and kept."""
+    """The run's own wires, and files beside the run for held-out features, which are captured once and kept.
 
-    def __init__(self, plan: Plan, directory: RunDirectory) -> None:
+    :param fingerprint: of what both halves must agree on about a split: target, captured features and prompts.
+    """
+
+    def __init__(self, plan: Plan, directory: RunDirectory, *, fingerprint: Callable[[Split], str]) -> None:
         self._plan = plan
         self._directory = directory
+        self._fingerprint = fingerprint
         self._opened: dict[Split, Wires] = {}
         self._opening = threading.Lock()
 
@@ -61,11 +71,32 @@ class RunWires:
             return self._opened[split]
 
     def sign(self, ref: SampleRef) -> SampleRef:
-        return sign(ref, token=self.token, run_id=self._plan.run_id)
+        """The ref, signed for this run; without a token, marked as this run's, so that what another one left on the
+        same channel is not taken for ours."""
+        return sign(ref, token=self.token or _NO_SECRET, run_id=self._belongs_to(ref))
 
     def check(self, ref: SampleRef) -> None:
-        """:raises AccessDenied: nobody with this run's token signed the ref."""
-        check_signature(ref, token=self.token, run_id=self._plan.run_id)
+        """
+        :raises AccessDenied: nobody with this run's token signed the ref for this run.
+        :raises DataError: there is no token, and the ref was published for something else.
+        """
+        try:
+            check_signature(ref, token=self.token or _NO_SECRET, run_id=self._belongs_to(ref))
+        except AccessDenied as error:
+            if self.token is not None:
+                raise
+            raise DataError(
+                "this ref was published for another run, or for another target, set of captured features or prompts",
+                where=error.where,
+                hint="let each run have a run.directory and a run.id (or channel.path) of its own; "
+                "where an earlier attempt left it, remove what that left",
+            ) from error
+
+    def _belongs_to(self, ref: SampleRef) -> str:
+        """Offline features belong to no run: whoever captures the same shares them."""
+        split: Split = "eval" if ref.sample_id == held_out_sample_id(ref.prompt_id) else "train"
+        run_id = "" if self._plan.feature_reuse else self._plan.run_id
+        return f"{run_id} {self._fingerprint(split)}"
 
     def _open(self, split: Split) -> Wires:
         plan = self._plan
