@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from specforge_core.contracts import (
     AccessDenied,
+    ChannelError,
     ChannelFailed,
     DataError,
     DeadlineExceeded,
@@ -404,6 +405,17 @@ def test_skipped_samples_are_counted_and_nothing_of_them_is_deleted(tmp_path: Pa
     assert supply.skipped == 1
     train(supply, run, 1)
     assert run.store.usage().samples == 0
+
+
+def test_a_channel_that_cannot_be_told_does_not_hide_why_training_failed(tmp_path: Path) -> None:
+    """The disk that is full for the ledger is full for the channel's files too."""
+
+    class Full(QueueReader):
+        def fail(self, reason: str) -> None:
+            raise ChannelError("cannot be appended to: no space left")
+
+    run = online(tmp_path, reader=Full(closed=False))
+    begin(run).fail("the ledger cannot be written")
 
 
 def test_failing_is_told_to_capture_only_online(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from specforge_core.contracts import (
+    ChannelError,
     ChannelFailed,
     DataError,
     FeatureStore,
@@ -181,7 +182,8 @@ class Supply:
     def fail(self, reason: str) -> None:
         """Training cannot go on; capture, if it still runs, stops with this reason."""
         if not self._parts.reuse_features:
-            self._parts.reader.fail(reason)
+            with suppress(ChannelError):  # what happened first is what is told, here and by the checkpoint that follows
+                self._parts.reader.fail(reason)
 
     def _delete(self, ref: SampleRef) -> None:
         if not ref.skipped:

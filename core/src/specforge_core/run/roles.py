@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from specforge_core.capture.loop import CaptureCounts, CaptureLoop
-from specforge_core.contracts import ChannelFailed, ConfigError, LeaseDesk, RefWriter, RunStopped, Split
+from specforge_core.contracts import ChannelError, ChannelFailed, ConfigError, LeaseDesk, RefWriter, RunStopped, Split
 from specforge_core.loading.backpressure import Watermarks
 from specforge_core.loading.demand import Demand
 from specforge_core.run.assemble import Run
@@ -208,6 +208,7 @@ def _capturing(run: Run, split: Split) -> Iterator[_CaptureHalf]:
     except RunStopped:
         raise  # neither closed nor failed: what was published is whole, and others may go on after it
     except BaseException as error:
-        writer.fail(str(error) or type(error).__name__)
+        with suppress(ChannelError):  # what happened first is what is told
+            writer.fail(str(error) or type(error).__name__)
         raise
     writer.close()
