@@ -77,7 +77,7 @@ def store(run: str) -> Iterator[Any]:
 
 
 def sample_keys(run: str) -> list[str]:
-    return SERVICE.keys(f"specforge/{run}/")
+    return [key for key in SERVICE.keys(f"specforge/{run}/") if not key.endswith("/access")]
 
 
 def test_replaced_objects_go_whoever_put_them(run: str, store: Any) -> None:
@@ -175,10 +175,19 @@ def test_runs_are_kept_apart(store: Any) -> None:
         run.close()
 
 
+def test_a_token_given_by_mistake_does_not_claim_a_run_that_has_none(run: str) -> None:
+    with closing(SERVICE.store(run)) as store:
+        with pytest.raises(PermissionError, match="begun without a token"):
+            SERVICE.store(run, token="a secret")
+        ref = store.put("p.e0", make_sample())
+        with closing(SERVICE.store(run)) as again:
+            assert_same(again.get(ref), make_sample())
+
+
 def test_with_a_token_names_cannot_be_derived_from_the_run(run: str) -> None:
     with closing(SERVICE.store(run, token="secret")) as store:
         ref = store.put("p.e0", make_sample())
-        assert sample_keys(run) == [f"specforge/{run}/access"]
+        assert SERVICE.keys(f"specforge/{run}/") == [f"specforge/{run}/access"]
         assert "secret" not in "".join(SERVICE.keys())
         store.delete(ref)
         with closing(SERVICE.store(run, token="secret")) as again:
