@@ -60,6 +60,14 @@ def make_refs(count: int) -> list[SampleRef]:
 
 def measure(channel: RefChannel, refs: list[SampleRef], held_bytes: Callable[[], int]) -> ChannelFigures:
     """Publish, poll and ack all of ``refs`` on a channel of their own."""
+    gc.disable()
+    try:
+        return _measure(channel, refs, held_bytes)
+    finally:
+        gc.enable()
+
+
+def _measure(channel: RefChannel, refs: list[SampleRef], held_bytes: Callable[[], int]) -> ChannelFigures:
     writer, reader = channel.writer("capture-0"), channel.reader()
     before = held_bytes()
     published, polled, acked = [], [], []
@@ -152,7 +160,6 @@ def main() -> None:
     parser.add_argument("channels", nargs="*", metavar="CHANNEL", default=["file", "redis"])
     parser.add_argument("--directory", type=Path, help="for files; default: the system's temporary directory")
     options = parser.parse_args()
-    gc.disable()
     for name in options.channels:
         print(f"channel {name}")
         found = compare_redis() if name == "redis" else compare_files(options.directory or Path(tempfile.gettempdir()))

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from specforge_core.contracts import ChannelError, PartContext, PeerDied, RefWriter, SampleRef
+from specforge_core.contracts import ChannelError, InFlight, PartContext, PeerDied, RefWriter, SampleRef
 from specforge_core.features.file_channel import FileChannel
 from specforge_core.features.record_file import RecordTail, frame
 from specforge_core.hooks.builtin import FileChannelConfig
@@ -27,10 +27,15 @@ def open_channel(directory: Path, *, writer_timeout_seconds: float = 60.0) -> Fi
     return FileChannel(config, PartContext(run_id="run", directory=directory))
 
 
+BATCH = 2
+
+
 def published(directory: Path, count: int = 6) -> list[SampleRef]:
+    """What a writer published, in batches, before it closed."""
     refs = [make_ref(number) for number in range(count)]
     writer = open_channel(directory).writer("capture-0")
-    writer.publish(refs)
+    for first in range(0, count, BATCH):
+        writer.publish(refs[first : first + BATCH])
     writer.close()
     return refs
 
@@ -87,7 +92,7 @@ def test_a_record_torn_at_any_byte_is_never_parsed(tmp_path: Path) -> None:
             file.write(content[position : position + 1])
             got += reader.poll(10, 0.0)
             whole_lines = content[: position + 1].split(b"\n")[:-1]
-            assert got == refs[: sum(line[:1] == b"R" for line in whole_lines)]
+            assert got == refs[: BATCH * sum(line[:1] == b"R" for line in whole_lines)]
     assert got == refs
     assert reader.drained
     reader.close()
@@ -126,9 +131,10 @@ def test_every_changed_byte_is_an_error_that_names_file_and_offset(tmp_path: Pat
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        (frame("V", ["specforge refs", 2]), "version"),
-        (frame("V", ["something else", 1]), "format"),
-        (frame("R", [0, "p", 0, 1, 3]), "format"),
+        (frame("V", ["specforge refs", 1]), "version"),
+        (frame("V", ["specforge refs", 3]), "version"),
+        (frame("V", ["something else", 2]), "format"),
+        (frame("R", [0, ["p"], 0, 1, 3]), "format"),
         (b"\n", "checksum"),
         (b"not a record\n", "checksum"),
     ],
@@ -144,10 +150,11 @@ def test_files_of_another_version_are_refused(tmp_path: Path, line: bytes, why: 
 @pytest.mark.parametrize(
     "line",
     [
-        frame("R", [7, "p", 0, 1, 3]),
-        frame("R", [0, "p", 0, 1]),
-        frame("R", [0, "p", 0, -1, 3]),
-        frame("R", [0, 5, 0, 1, 3]),
+        frame("R", [7, ["p"], 0, 1, 3]),
+        frame("R", [0, ["p"], 0, 1]),
+        frame("R", [0, ["p"], 0, -1, 3]),
+        frame("R", [0, [5], 0, 1, 3]),
+        frame("R", [0, "p", 0, 1, 3]),
         frame("R", {"sample_id": "p"}),
         frame("L", ["store", [["x", "complex64", None, [None]]]]),
         frame("L", ["store", [["x", "float32", "mid", [None]]]]),
@@ -159,8 +166,11 @@ def test_malformed_records_are_refused(tmp_path: Path, line: bytes) -> None:
     published(tmp_path)
     with (tmp_path / "capture-0.refs").open("ab") as file:
         file.write(line)
-    with pytest.raises(ChannelError, match="offset"):
-        read_all(open_channel(tmp_path).reader(), 7)
+    reader = open_channel(tmp_path).reader()
+    for _ in range(2):
+        with pytest.raises(ChannelError, match="offset"):
+            read_all(reader, 7)
+    reader.close()
 
 
 def test_two_processes_write_while_one_reads(tmp_path: Path) -> None:
@@ -348,6 +358,31 @@ def publish_many(writer: RefWriter, *, batches: int) -> None:
 def test_a_ref_takes_few_bytes(tmp_path: Path) -> None:
     published(tmp_path, count=1000)
     assert (tmp_path / "capture-0.refs").stat().st_size / 1000 < 60
+
+
+def test_a_batch_of_any_size_is_published_whole_in_records_of_bounded_size(tmp_path: Path) -> None:
+    refs = [make_ref(0, epoch=epoch) for epoch in range(10_000)]
+    writer = open_channel(tmp_path).writer("capture-0")
+    writer.publish(refs)
+    reader = open_channel(tmp_path).reader()
+    assert read_all(reader, len(refs)) == refs
+    assert max(map(len, (tmp_path / "capture-0.refs").read_bytes().split(b"\n"))) < 200_000
+    reader.ack([ref.sample_id for ref in refs[1:]], step=1)
+    assert writer.in_flight() == InFlight(1, refs[0].nbytes)
+    assert list(writer.published()) == refs[:1]
+    reader.close()
+    writer.close()
+
+
+def test_a_batch_with_one_bad_ref_is_not_published_at_all(tmp_path: Path) -> None:
+    writer = open_channel(tmp_path).writer("capture-0")
+    size = (tmp_path / "capture-0.refs").stat().st_size
+    with pytest.raises(ChannelError, match="counts"):
+        writer.publish([make_ref(0), make_ref(1, generation=-1)])
+    assert (tmp_path / "capture-0.refs").stat().st_size == size
+    writer.publish([make_ref(2)])
+    assert list(writer.published()) == [make_ref(2)]
+    writer.close()
 
 
 def test_reading_goes_on_from_where_it_was(tmp_path: Path) -> None:

@@ -391,9 +391,9 @@ def test_something_that_is_no_redis_server_is_said(service: RedisService) -> Non
 GARBAGE: list[dict[str, bytes]] = [
     {"x": b"y"},
     {"w": b"a", "l": b"[]", "r": b"not json"},
-    {"w": b"a", "l": b"[]", "r": b'[[0,"p",0,1,3]]'},
-    {"w": b"a", "l": b'[["any",[["t","float32",null,[3]]]]]', "r": b'[[0,"p",0,-1,3]]'},
-    {"w": b"a", "l": b'[["any",[["t","evil",null,[3]]]]]', "r": b'[[0,"p",0,1,3]]'},
+    {"w": b"a", "l": b"[]", "r": b'[0,["p"],0,1,3]'},
+    {"w": b"a", "l": b'[["any",[["t","float32",null,[3]]]]]', "r": b'[0,["p"],0,-1,3]'},
+    {"w": b"a", "l": b'[["any",[["t","evil",null,[3]]]]]', "r": b'[0,["p"],0,1,3]'},
     {"w": b"a", "l": b"[]", "r": b"[" * 100_000},
     {"w": b"a", "l": b"{}", "r": b"{}"},
     {"w": b"a", "l": b"\xff\xfe", "r": b"\xff"},

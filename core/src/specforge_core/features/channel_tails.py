@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a file channel's files say, read as they grow: one view per writer's file and per reader's file.
 
-Kinds of records: ``V`` format and version (first), ``O`` opened, ``L`` layout, ``R`` ref, ``A`` acks, ``C`` closed,
-``F`` failed with a reason. The last of ``O``, ``C`` and ``F`` is the state of the file's owner.
+Kinds of records: ``V`` format and version (first), ``O`` opened, ``L`` layout, ``R`` a batch of refs, ``A`` acks,
+``C`` closed, ``F`` failed with a reason. The last of ``O``, ``C`` and ``F`` is the state of the file's owner.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from specforge_core.features.liveness import OwnerWatch
 from specforge_core.features.record_file import Record, RecordTail, frame
 from specforge_core.features.ref_codec import RefDecoder
 
-VERSION_FRAME = frame("V", ["specforge refs", 1])
+_VERSION = ["specforge refs", 2]
+VERSION_FRAME = frame("V", _VERSION)
 WRITER_SUFFIX = ".refs"
 READER_SUFFIX = ".acks"
 
@@ -79,11 +80,11 @@ class _OwnedTail:
     def _check_version(self, record: Record) -> None:
         body = record.body()
         if record.line + b"\n" != VERSION_FRAME:
-            raise record.malformed(f"format {body}, this version reads ['specforge refs', 1]")
+            raise record.malformed(f"format {body}, this version reads {_VERSION}")
 
 
 class WriterTail(_OwnedTail):
-    """One writer's file: layouts are taken in at once, refs are handed out undecoded."""
+    """One writer's file: layouts are taken in at once, batches of refs are handed out undecoded."""
 
     def __init__(self, path: Path, *, timeout_seconds: float, told: bool = True) -> None:
         super().__init__(path, timeout_seconds=timeout_seconds, told=told)
@@ -94,7 +95,7 @@ class WriterTail(_OwnedTail):
         return self._decoder.layouts
 
     def read(self) -> list[Record]:
-        """The next ref records, in the order they were published; none once all there are were read."""
+        """The next batches of refs, in the order they were published; none once all there are were read."""
         for records in self._read():
             refs = [record for record in records if self._is_ref(record)]
             if refs:
@@ -113,10 +114,10 @@ class WriterTail(_OwnedTail):
             raise record.malformed(str(error)) from error
         return False
 
-    def decode(self, record: Record) -> SampleRef:
+    def decode(self, record: Record) -> list[SampleRef]:
         body = record.body()
         try:
-            return self._decoder.decode(body)
+            return self._decoder.decode_batch(body)
         except ValueError as error:
             raise record.malformed(str(error)) from error
 

@@ -14,7 +14,7 @@ from specforge_core.contracts import ChannelError, ChannelFailed, PeerDied, RefR
 from specforge_core.features.channel_tails import READER_SUFFIX, VERSION_FRAME, WRITER_SUFFIX, WriterTail
 from specforge_core.features.file_lock import opened_by
 from specforge_core.features.liveness import Heartbeat
-from specforge_core.features.record_file import Record, RecordAppender, frame
+from specforge_core.features.record_file import RecordAppender, frame
 from specforge_core.features.unacked import read_acks
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
@@ -28,9 +28,10 @@ class FileRefReader(RefReader):
         self._timeout_seconds = timeout_seconds
         self._lock = threading.RLock()
         self._writers: dict[Path, WriterTail] = {}
-        self._pending: deque[tuple[WriterTail, Record]] = deque()
+        self._pending: deque[SampleRef] = deque()
         self._delivered: dict[str, tuple[int, ...]] = {}
         self._file: RecordAppender | None = None
+        self._fault: ChannelError | None = None
         self._failed = False
         self._closed = False
         # Emptied as the refs that former readers acked are passed over.
@@ -78,20 +79,28 @@ class FileRefReader(RefReader):
                 self._writers[path] = tail
 
     def _refresh(self, wanted: int) -> None:
-        """Read on, a piece of every file, until ``wanted`` refs are pending or there is no more."""
+        """Read on. What stands after a record that cannot be read is never delivered: the error comes every time."""
+        if self._fault is not None:
+            raise self._fault
+        try:
+            self._read_on(wanted)
+        except ChannelError as error:
+            self._fault = error
+            raise
+
+    def _read_on(self, wanted: int) -> None:
+        """Read a piece of every file, again and again, until ``wanted`` refs are pending or there is no more."""
         self._find_writers(told=True)
         news = True
         while news and len(self._pending) < wanted:
             news = False
             for tail in self._writers.values():
-                records = tail.read()
-                news |= bool(records)
-                if self._acked:
-                    records = [record for record in records if not self._is_acked(tail, record)]
-                self._pending.extend([(tail, record) for record in records])
+                for record in tail.read():
+                    news = True
+                    refs = tail.decode(record)
+                    self._pending.extend([ref for ref in refs if not self._is_acked(ref)] if self._acked else refs)
 
-    def _is_acked(self, tail: WriterTail, record: Record) -> bool:
-        ref = tail.decode(record)
+    def _is_acked(self, ref: SampleRef) -> bool:
         ack = (ref.sample_id, ref.generation)
         if ack not in self._acked:
             return False
@@ -115,10 +124,7 @@ class FileRefReader(RefReader):
             )
 
     def _deliver(self, max_refs: int) -> list[SampleRef]:
-        refs = []
-        for _ in range(min(max_refs, len(self._pending))):
-            tail, record = self._pending.popleft()
-            refs.append(tail.decode(record))
+        refs = [self._pending.popleft() for _ in range(min(max_refs, len(self._pending)))]
         for ref in refs:
             self._delivered[ref.sample_id] = (*self._delivered.get(ref.sample_id, ()), ref.generation)
         return refs

@@ -15,6 +15,8 @@ from specforge_core.features.record_file import RecordAppender, frame
 from specforge_core.features.ref_codec import RefEncoder
 from specforge_core.features.unacked import InFlightCount, ReaderWatch, read_unacked
 
+_REFS_PER_RECORD = 4096
+
 
 class FileRefWriter(RefWriter):
     """Appends refs to one file. Thread-safe. Remembers nothing of what it published."""
@@ -54,14 +56,12 @@ class FileRefWriter(RefWriter):
             self._reader.raise_if_failed()
             encoder = self._encoder.copy()
             frames: list[bytes] = []
-            for ref in refs:
+            for first in range(0, len(refs), _REFS_PER_RECORD):
                 try:
-                    layout, record = encoder.encode(ref)
+                    layouts, batch = encoder.encode_batch(refs[first : first + _REFS_PER_RECORD])
                 except ValueError as error:
                     raise ChannelError(str(error), where=str(self._file.path)) from error
-                if layout is not None:
-                    frames.append(frame("L", layout))
-                frames.append(frame("R", record))
+                frames += [*(frame("L", layout) for layout in layouts), frame("R", batch)]
             if frames:
                 self._append(frames)
                 self._encoder = encoder

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from specforge_core.contracts import ChannelFailed, InFlight, PeerDied, SampleRef
@@ -35,8 +36,8 @@ class InFlightCount:
                 self._writers[path] = WriterTail(path, timeout_seconds=self._timeout_seconds)
         for writer in self._writers.values():
             while records := writer.read():
-                for record in records:
-                    self._publish(writer.decode(record), early)
+                for ref in chain.from_iterable(map(writer.decode, records)):
+                    self._publish(ref, early)
         return InFlight(len(self._held), self._nbytes)
 
     def _publish(self, ref: SampleRef, early: set[Ack]) -> None:
@@ -134,6 +135,6 @@ def _read_refs(path: Path, *, timeout_seconds: float) -> Iterator[SampleRef]:
     tail = WriterTail(path, timeout_seconds=timeout_seconds)
     try:
         while records := tail.read():
-            yield from map(tail.decode, records)
+            yield from chain.from_iterable(map(tail.decode, records))
     finally:
         tail.close()

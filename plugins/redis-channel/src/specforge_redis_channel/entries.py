@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stream entries: many refs in one, with what is needed to read it alone.
 
-Fields of an entry: ``w`` the writer, ``l`` layouts and ``r`` refs, both JSON lists of the compact records of
+Fields of an entry: ``w`` the writer, ``l`` a JSON list of layouts and ``r`` a batch of refs, in the compact records of
 ``specforge_core.RefEncoder``. The stream can be written by whoever reaches the server, so an entry is exactly that or
 it is refused.
 """
@@ -30,10 +30,7 @@ def encode_entries(refs: Sequence[SampleRef]) -> list[bytes]:
     size = max(_REFS_PER_ENTRY, -(-len(refs) // _MOST_ENTRIES))
     fields: list[bytes] = []
     for first in range(0, len(refs), size):
-        encoder = RefEncoder()
-        encoded = [encoder.encode(ref) for ref in refs[first : first + size]]
-        fields.append(_json([layout for layout, _ in encoded if layout is not None]))
-        fields.append(_json([record for _, record in encoded]))
+        fields += map(_json, RefEncoder().encode_batch(refs[first : first + size]))
     return fields
 
 
@@ -57,11 +54,7 @@ class EntryDecoder:
         try:
             if fields is None or len(fields) != 6 or (fields[0], fields[2], fields[4]) != (b"w", b"l", b"r"):
                 raise ValueError("its fields are not w, l and r")
-            decoder = self._decoder_of(fields[3])
-            records = json.loads(fields[5])
-            if type(records) is not list or not records:
-                raise ValueError("it holds no list of refs")
-            return fields[1], [decoder.decode(record) for record in records]
+            return fields[1], self._decoder_of(fields[3]).decode_batch(json.loads(fields[5]))
         except (ValueError, RecursionError) as error:
             name = number.decode("ascii", "replace")
             raise ChannelError(
