@@ -2,7 +2,7 @@
 """One sample as one safetensors file: what the file store writes and reads.
 
 The format is public and small (a length, a JSON header, raw bytes), so it is written and read here directly: the bytes
-go from the tensors to the file and back uncopied, in pieces that are summed while the cache holds them, and every
+go from the tensors to the file and back uncopied, in pieces that are hashed (XXH3) while the cache holds them; every
 length is checked before a tensor is allocated. What is not a tensor (generation, prompt id, epoch, norm) is in the
 header's metadata, with a checksum of the bytes: a disk that altered one must not train a draft on it.
 """
@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from xxhash import xxh3_64
+
 from specforge_core.contracts import (
     DTYPE_BYTES,
     LAST_HIDDEN_STATES,
@@ -25,8 +27,8 @@ from specforge_core.contracts import (
     Sample,
     StoreError,
 )
-from specforge_core.features.checksum import CHECKSUM_DIGITS, Checksum, cut, raw_bytes
 from specforge_core.features.owned_memory import empty_tensor
+from specforge_core.features.pieces import cut, raw_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +37,7 @@ _FORMAT = "2"
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_VECTORS = 1024
 _GENERATION_DIGITS = 19
+_NO_CHECKSUM = "0" * len(xxh3_64().hexdigest())
 _FILE_DTYPES = {
     "float64": "F64",
     "int64": "I64",
@@ -78,15 +81,16 @@ class EncodedSample:
     @property
     def nbytes(self) -> int:
         """The size of the file."""
-        return len(self._header(0, "0" * CHECKSUM_DIGITS)) + sum(buffer.nbytes for buffer in self.content)
+        return len(self._header(0, _NO_CHECKSUM)) + sum(buffer.nbytes for buffer in self.content)
 
     def write(self, descriptor: int, generation: int) -> None:
         """Write the file; the header last, so that what a dead process left is never taken for a sample."""
-        offset = len(self._header(generation, "0" * CHECKSUM_DIGITS))
-        checksum = Checksum()
+        offset = len(self._header(generation, _NO_CHECKSUM))
+        checksum = xxh3_64()
         for pieces in cut(self.content):
             offset = _write_all(descriptor, pieces, offset)
-            checksum.update(pieces)
+            for piece in pieces:
+                checksum.update(piece)
         _write_all(descriptor, [memoryview(self._header(generation, checksum.hexdigest()))], 0)
 
     def _header(self, generation: int, checksum: str) -> bytes:
@@ -214,11 +218,12 @@ def read_features(descriptor: int, header: SampleHeader, *, where: str) -> dict[
     :raises FeatureCorrupt: the file became shorter than its header says, or its bytes are not the ones written.
     """
     features = {spec.name: empty_tensor(spec) for spec in header.specs}
-    checksum = Checksum()
+    checksum = xxh3_64()
     count = 0
     for pieces in cut([raw_bytes(tensor) for tensor in features.values()]):
         count += _read_all(descriptor, pieces, header.data_start + count)
-        checksum.update(pieces)
+        for piece in pieces:
+            checksum.update(piece)
     expected = sum(spec.nbytes for spec in header.specs)
     if count != expected:
         raise FeatureCorrupt(f"{count} bytes of tensors where {expected} belong", where=where, hint=_CAPTURE_AGAIN)
