@@ -44,11 +44,18 @@ class RefEncoder:
     def __init__(self, layouts: Iterable[Layout] = ()) -> None:
         self._numbers = {layout: number for number, layout in enumerate(layouts)}
         self._seen: dict[_Content, int] = {}
+        self._shared = False
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """What was recorded, by number."""
+        return list(self._numbers)
 
     def copy(self) -> RefEncoder:
         """An encoder that can be thrown away if what it encoded is not written after all."""
         encoder = RefEncoder()
-        encoder._numbers, encoder._seen = self._numbers, self._seen  # shared until a layout is added
+        encoder._numbers, encoder._seen = self._numbers, self._seen
+        encoder._shared = self._shared = True  # until a layout is added
         return encoder
 
     def encode(self, ref: SampleRef) -> tuple[Layout | None, list[Any]]:
@@ -96,8 +103,10 @@ class RefEncoder:
         if layout not in self._numbers:
             if not all(map(_is_entry, layout[1])):
                 raise ValueError(f"features that cannot be recorded: {layout[1]}; dtypes are {sorted(DTYPE_BYTES)}")
+            if self._shared:
+                self._numbers, self._seen, self._shared = self._numbers.copy(), self._seen.copy(), False
             layouts.append(layout)
-            self._numbers, self._seen = {**self._numbers, layout: len(self._numbers)}, self._seen.copy()
+            self._numbers[layout] = len(self._numbers)
         number = self._seen[content] = self._numbers[layout]
         return number
 

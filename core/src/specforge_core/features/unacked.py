@@ -45,8 +45,9 @@ class InFlightCount:
         if ack in early:
             early.remove(ack)
             return
-        self._nbytes += ref.nbytes - self._held.get(ref.sample_id, (0, 0))[1]
-        self._held[ref.sample_id] = (ref.generation, ref.nbytes)
+        nbytes = ref.nbytes
+        self._nbytes += nbytes - self._held.get(ref.sample_id, (0, 0))[1]
+        self._held[ref.sample_id] = (ref.generation, nbytes)
 
     def _ack(self, ack: Ack) -> bool:
         sample_id, acked = ack

@@ -17,21 +17,31 @@ from specforge_core.contracts import ChannelError, SampleRef
 _REFS_PER_ENTRY = 256
 _MOST_ENTRIES = 2000  # of one publish: a script takes no more than some thousand arguments
 _MOST_DECODERS = 64
+_MOST_LAYOUTS = 8  # few runs have more than two; an entry need not carry what an odd one had long ago
 
 RawEntry = tuple[bytes, Sequence[bytes] | None]
 
 
-def encode_entries(refs: Sequence[SampleRef]) -> list[bytes]:
-    """``l`` and ``r`` of every entry, one after the other.
+class EntryEncoder:
+    """Turns refs into entries, one writer's. Each holds all layouts known so far, so that it can be read alone."""
 
-    :raises TypeError: a ref holds anything but metadata.
-    :raises ValueError: a dtype that cannot be recorded.
-    """
-    size = max(_REFS_PER_ENTRY, -(-len(refs) // _MOST_ENTRIES))
-    fields: list[bytes] = []
-    for first in range(0, len(refs), size):
-        fields += map(_json, RefEncoder().encode_batch(refs[first : first + size]))
-    return fields
+    def __init__(self) -> None:
+        self._encoder = RefEncoder()
+
+    def encode(self, refs: Sequence[SampleRef]) -> list[bytes]:
+        """``l`` and ``r`` of every entry, one after the other.
+
+        :raises TypeError: a ref holds anything but metadata.
+        :raises ValueError: a ref that cannot be recorded.
+        """
+        size = max(_REFS_PER_ENTRY, -(-len(refs) // _MOST_ENTRIES))
+        fields: list[bytes] = []
+        for first in range(0, len(refs), size):
+            if len(self._encoder.layouts) > _MOST_LAYOUTS:
+                self._encoder = RefEncoder()
+            _, batch = self._encoder.encode_batch(refs[first : first + size])
+            fields += [_json(self._encoder.layouts), _json(batch)]
+        return fields
 
 
 def _json(value: object) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from specforge_core.contracts import ChannelError, ChannelFailed, InFlight, PeerDied, RefWriter, SampleRef
 
 from specforge_redis_channel.connection import REFS, RedisConnection, plain, text
-from specforge_redis_channel.entries import EntryDecoder, encode_entries
+from specforge_redis_channel.entries import EntryDecoder, EntryEncoder
 from specforge_redis_channel.heart import Heart, Member
 from specforge_redis_channel.membership import take_place
 from specforge_redis_channel.stream import acked_bits, unacked
@@ -30,6 +30,7 @@ class RedisRefWriter(RefWriter):
         self._heart = heart
         self._lock = threading.Lock()
         self._session = secrets.token_hex(8)
+        self._encoder = EntryEncoder()
         self._sequence = 0
         self._reader_known = False
         self._ended = False
@@ -45,13 +46,13 @@ class RedisRefWriter(RefWriter):
         heart.join(self, self._member)
 
     def publish(self, refs: Sequence[SampleRef]) -> None:
-        try:
-            fields = encode_entries(refs)
-        except ValueError as error:
-            raise ChannelError(str(error), where=self._connection.where) from error
         nbytes = sum(ref.nbytes for ref in refs)
         with self._lock:
             self._refuse_ended()
+            try:
+                fields = self._encoder.encode(refs)
+            except ValueError as error:
+                raise ChannelError(str(error), where=self._connection.where) from error
             # Counted before it is sent: a batch that may have arrived must not lend its number to the next.
             self._sequence += 1
             self._ask("publish", self._since, self._sequence, len(refs), nbytes, *fields)
