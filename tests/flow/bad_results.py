@@ -192,7 +192,7 @@ TABLE = [
     BadInput(
         "capture that never ended",
         _untrained(_drop_last_line, "train", "run.yaml", "channel={name: file, writer_timeout_seconds: 1}"),
-        ("capture-0", "died before it had published everything", "run it again"),
+        ("features/train/refs", "died before it had published everything", "run it again"),
     ),
     BadInput(
         "sample that never came",
@@ -407,7 +407,7 @@ TABLE = [
     BadInput(
         "store's place is a file",
         _untrained(_file_for_directory("features/train/store")),
-        ("run/features/train/store", "cannot be read"),
+        ("run/features/train/store", "cannot be opened", "Not a directory"),
     ),
     # the machine
     BadInput(
@@ -416,9 +416,9 @@ TABLE = [
         ("run", "another process (pid 4242) is running the train role", "choose another run.directory"),
     ),
     BadInput(
-        "run in use by capture",
-        _finished(_lock("capture"), "capture", "run.yaml"),
-        ("run", "another process (pid 4242) is running the capture role", "choose another run.directory"),
+        "run in use by another run command",
+        _finished(_lock("run"), "run", "run.yaml"),
+        ("run", "another process (pid 4242) is running this run", "choose another run.directory"),
     ),
     BadInput(
         "metrics cannot be written",

@@ -114,8 +114,9 @@ class RunDirectory:
                 handle.write(f"pid {os.getpid()}".encode())
             except BlockingIOError:
                 handle.seek(0)
+                what = "this run" if role == "run" else f"the {role} role of this run"
                 raise ConfigError(
-                    f"another process ({handle.read().decode() or 'unknown'}) is running the {role} role of this run",
+                    f"another process ({handle.read().decode() or 'unknown'}) is running {what}",
                     where=str(self.root),
                     hint="wait for it, stop it, or choose another run.directory",
                 ) from None
