@@ -85,3 +85,26 @@ def test_mooncake_and_redis_between_processes(
     assert last_checkpoint(run) == last_checkpoint(colocated) != {}
     assert dealt(run) == dealt(colocated)
     assert not (run / "features" / "train" / "store").exists()
+
+
+def test_a_machine_with_other_data_leaves_and_the_run_goes_on(tiny_model: TinyModel, tmp_path: Path) -> None:
+    apart = {
+        "topology": "disaggregated",
+        "store": {"name": "file", "path": str(tmp_path / "store")},
+        "channel": {"name": "file", "path": str(tmp_path / "refs")},
+    }
+    run_file = make_run_file(tiny_model, tmp_path / "apart.yaml", run={"id": "one"}, **apart)
+    other = make_run_file(tiny_model, tmp_path / "other.yaml", run={"id": "one"}, data={"max_length": 32}, **apart)
+    training = start("train", str(run_file), cwd=tmp_path)
+    try:
+        stranger = start("capture", str(other), cwd=tmp_path)
+        _, said = stranger.communicate(timeout=120)
+        assert stranger.returncode == 2, said
+        assert "another set of prompts" in said
+        capture = start("capture", str(run_file), cwd=tmp_path)
+        _, said = training.communicate(timeout=120)
+        assert training.returncode == 0, said
+        _, said = capture.communicate(timeout=120)
+        assert capture.returncode == 0, said
+    finally:
+        training.kill()

@@ -47,6 +47,10 @@ class DataError(SpecForgeError):
     """Prompts or features that are missing, empty or malformed."""
 
 
+class RunMismatch(DataError):
+    """This process was given other prompts, another target or other features than the run it joined: it leaves."""
+
+
 class TargetError(SpecForgeError):
     """A target that cannot be read, or whose captured features are not what was asked for."""
 

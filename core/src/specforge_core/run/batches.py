@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import Any
 
 from specforge_core.config.plan import Plan
-from specforge_core.contracts import CaptureBatch, DataError, Prompt, Split, held_out_sample_id, sample_id
+from specforge_core.contracts import CaptureBatch, Prompt, RunMismatch, Split, held_out_sample_id, sample_id
 from specforge_core.loading.demand import PlannedBatch
 from specforge_core.loading.order import PromptOrder
 from specforge_core.loading.planned import cut_batches, plan_epochs
@@ -74,14 +74,14 @@ class RunBatches:
     def prompts_of(self, batch: CaptureBatch) -> Sequence[Prompt]:
         """The prompts to capture together.
 
-        :raises DataError: this process would capture something else than was asked for; what differs is named.
+        :raises RunMismatch: this process would capture something else than was asked for; what differs is named.
         """
         ours = self.fingerprint(batch.split)
         if ours != batch.fingerprint:
             asked = batch.fingerprint.split("-")
             parts = zip(_PARTS.values(), ours.split("-"), asked, strict=False)
             differ = [part for part, own, theirs in parts if own != theirs]
-            raise DataError(
+            raise RunMismatch(
                 f"what is wanted was planned with another {' and another '.join(differ) or 'version of specforge'}",
                 where=f"batch {batch.key}",
                 hint="give every process of a run the same run file, data and target",

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from specforge_core.capture.loop import CaptureCounts, CaptureLoop
-from specforge_core.contracts import ChannelError, ChannelFailed, ConfigError, LeaseDesk, RefWriter, RunStopped, Split
+from specforge_core.contracts import (
+    ChannelError,
+    ChannelFailed,
+    ConfigError,
+    LeaseDesk,
+    RefWriter,
+    RunMismatch,
+    RunStopped,
+    Split,
+)
 from specforge_core.loading.backpressure import Watermarks
 from specforge_core.loading.demand import Demand
 from specforge_core.run.assemble import Run
@@ -207,6 +216,9 @@ def _capturing(run: Run, split: Split) -> Iterator[_CaptureHalf]:
         desk.close()
     except RunStopped:
         raise  # neither closed nor failed: what was published is whole, and others may go on after it
+    except RunMismatch:
+        writer.close()  # a machine that was set up for something else is no reason to end the run
+        raise
     except BaseException as error:
         with suppress(ChannelError):  # what happened first is what is told
             writer.fail(str(error) or type(error).__name__)
