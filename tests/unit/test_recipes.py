@@ -16,9 +16,14 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_understood(recipe: Path) -> None:
     loaded, registry = load_run_config(recipe), PluginRegistry.discover()
+    config, wires = loaded.config, []
+    if config.store and config.channel:
+        wires.append((config.store, registry.part("feature-store", config.store["name"])))
+        wires.append((config.channel, registry.part("ref-channel", config.channel["name"])))
     for values, spec in (
-        (loaded.config.strategy, registry.strategy(loaded.config.strategy["name"])),
-        (loaded.config.target, registry.target_engine(loaded.config.target["name"])),
+        (config.strategy, registry.strategy(config.strategy["name"])),
+        (config.target, registry.target_engine(config.target["name"])),
+        *wires,
     ):
         section, problems = validate_section(spec.config, values, locate=str)
         assert section is not None, problems
@@ -27,4 +32,4 @@ def test_recipe_is_understood(recipe: Path) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 9
+    assert len(RECIPES) == 10
