@@ -253,7 +253,7 @@ TABLE = [
     BadInput(
         "token file missing",
         lambda w: ["capture", w.run_file(run={"token_file": "gone"})],
-        ("gone: run.token_file cannot be read", "openssl rand"),
+        ("run.token_file", "gone is no file", "openssl rand"),
     ),
     BadInput(
         "token too short",

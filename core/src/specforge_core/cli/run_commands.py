@@ -49,9 +49,7 @@ def capture(ctx: typer.Context, run: RunArgument, overrides: Overrides = None) -
         counts = roles.capture(opened)
     _say_dropped(opened)
     set_aside = sum(count.set_aside for count in counts)
-    text = f"captured {sum(count.samples for count in counts)} samples into {opened.plan.feature_store.name} store"
-    if opened.plan.config.topology == "offline":
-        text += f" of {opened.directory.features}"
+    text = f"captured {sum(count.samples for count in counts)} samples into the {opened.plan.feature_store.name} store"
     if set_aside:
         text += f"; {set_aside} could not be captured and were set aside, see the warnings above"
     messages.print(text, markup=False, highlight=False)

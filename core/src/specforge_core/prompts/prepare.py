@@ -51,7 +51,7 @@ def _prepare(sources: Sequence[Path], directory: Path, work: _Preparation, progr
     prepared = _reopen(directory, entries, work)
     if prepared is not None:
         return prepared
-    progress.begin("preparing prompts", work.max_prompts)
+    progress.begin("preparing", work.max_prompts)
     with PromptSetWriter(directory) as writer:
         for count, row in enumerate(read_rows(sources), start=1):
             if work.max_prompts is not None and writer.prompts >= work.max_prompts:

@@ -131,7 +131,7 @@ class Run:
                 tokenizer=lambda: resolve(self.plan.target_engine.tokenizer)(self.plan.target_section),
                 settings=data if split == "train" else data.model_copy(update={"max_prompts": None}),
                 vocab_size=self.plan.info.vocab_size,
-                progress=self.progress("capture"),
+                progress=self.progress("prompts"),
             )
         return self._prompts[split]
 
