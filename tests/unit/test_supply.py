@@ -339,6 +339,19 @@ def test_a_resumed_session_goes_on_with_what_is_still_there(tmp_path: Path) -> N
     assert [trained for *_, trained in ledger(second).deals()] == [True] * 8
 
 
+def test_what_a_checkpoint_covers_is_acked_though_it_was_read_before_that_was_known(tmp_path: Path) -> None:
+    run = online(tmp_path, free="checkpoint")
+    supply = begin(run)
+    supply.collect(keys(run), what="window 0", patient=True)
+    refs = supply.deal(0, keys(run))  # trained, in a checkpoint, and killed before either was recorded
+    run.reader = QueueReader(refs, closed=False)
+    again = run.supply(20.0)
+    again.want(iter(()))  # as the copying of held-out samples does, which comes first
+    again.rewind(1)
+    assert {key for key, _ in reader(run).acked} == set(keys(run))
+    assert all(ref.sample_id not in run.store.samples for ref in refs)
+
+
 def test_a_resumed_session_reads_what_came_meanwhile_before_it_asks(tmp_path: Path) -> None:
     """Capture went on while training was down: its refs lie in the channel, and no ledger has seen them."""
     first = online(tmp_path, free="checkpoint")

@@ -94,7 +94,10 @@ class Supply:
     def rewind(self, step: int) -> None:
         """Training stands at ``step`` finished windows: what a checkpoint covers is freed, the rest is wanted again."""
         self._parts.ledger.rewind(step)
-        self.free_covered(step)
+        if self._parts.free != "never":
+            covered = self._parts.ledger.covered(step)
+            self._parts.reader.ack([ref.sample_id for ref in covered], step)  # as far as they were read already
+            self.free(covered)
 
     def want(self, planned: Iterator[PlannedBatch]) -> None:
         """Have these batches captured, but for samples whose features are here, or come, from an earlier session."""
