@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from chaos_oracle import EPOCHS, SEED, WINDOW, Result, problems_of
+from chaos_oracle import EPOCHS, SEED, WINDOW, Result, problems_of, prompt_ids
 from chaos_processes import Child
 from command_line import make_run_file
 from tiny_model import TinyModel
@@ -19,7 +19,7 @@ from tiny_model import TinyModel
 CHECKPOINT_STEPS = 4
 EXPLAINED_SECONDS = 90.0  # a process that ends with an error so long after a fault may have ended because of it
 _TICK_SECONDS = 0.01
-_END_SECONDS = 40.0
+_END_SECONDS = 75.0  # a capture that came after the end believes it only after the deadline for samples
 _RESTART_SECONDS = 0.3
 
 
@@ -150,9 +150,10 @@ class World:
             raise ChaosFailure(f"{child.name} ended with status {status}, which no fault explains")
 
     def _training_is_over(self) -> bool:
-        """Capture may hear of it before we do."""
+        """Capture may hear of it before we do, and training may be stopped or killed after it has told."""
         self.train.wait(10.0)
-        return self.finished or not self.train.running
+        prompts = len(prompt_ids(self.run, "train"))
+        return self.finished or self.steps >= EPOCHS * -(-prompts // WINDOW)
 
     def _restart(self, child: Child) -> None:
         if not self.finished:
