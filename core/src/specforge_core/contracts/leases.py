@@ -98,4 +98,4 @@ class LeaseDesk(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what this process holds of the desk. Idempotent."""
+        """Free this process's connection to the desk; leases it still holds stay its own. Idempotent."""

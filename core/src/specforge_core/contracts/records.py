@@ -157,7 +157,8 @@ class SampleRef:
     """Where one sample's features are and what they consist of; metadata only.
 
     States of a ref: published → delivered → trained → acked. ``generation`` is bumped by each ``put`` of the same
-    sample id; a ref of an earlier generation is stale. ``signature`` is an HMAC where a token is configured, else "".
+    sample id; a ref of an earlier generation is stale. ``signature`` is an HMAC, "" until the ref is signed to be
+    published; where no token is configured its key is public, and it only tells runs apart.
     A ref without features stands for a sample that was skipped: a member of its window that weighs nothing.
     """
 

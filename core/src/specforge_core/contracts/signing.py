@@ -21,15 +21,13 @@ _SIGNATURE_BYTES = 16
 """Half of the digest, as RFC 2104 allows: 128 bits, 22 characters in every ref."""
 
 
-def sign(ref: SampleRef, *, token: str | None, run_id: str) -> SampleRef:
-    """The ref with its signature; as it is where there is no token."""
-    return ref if token is None else replace(ref, signature=_signature(ref, token, run_id))
+def sign(ref: SampleRef, *, token: str, run_id: str) -> SampleRef:
+    """The ref with its signature."""
+    return replace(ref, signature=_signature(ref, token, run_id))
 
 
-def check_signature(ref: SampleRef, *, token: str | None, run_id: str) -> None:
-    """:raises AccessDenied: a token is configured and the ref was not signed with it for this run."""
-    if token is None:
-        return
+def check_signature(ref: SampleRef, *, token: str, run_id: str) -> None:
+    """:raises AccessDenied: the ref was not signed with this token for this run."""
     found = ref.signature.encode("utf-8", "surrogatepass")
     if not hmac.compare_digest(found, _signature(ref, token, run_id).encode()):
         fault = "is not signed" if not ref.signature else "has a signature that this run's token did not make"
