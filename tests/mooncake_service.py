@@ -20,11 +20,11 @@ _runs = itertools.count()
 
 
 def require_mooncake() -> None:
-    """Skip where the library or its system libraries are not installed."""
+    """Fail where the library cannot be loaded: a set-up step that is missing must not look like success."""
     try:
         import mooncake.store  # noqa: F401
     except ImportError as error:
-        pytest.skip(f"mooncake cannot be imported: {error}")
+        pytest.fail(f"mooncake cannot be imported: {error}; `make services` installs its system libraries")
 
 
 class MooncakeService:
