@@ -61,12 +61,3 @@ def _boot_id() -> str:
 def opened_by(domain: str) -> list[str | int]:
     """Who opened a file: host, process and lock domain, as it is recorded in the file."""
     return [os.uname().nodename, os.getpid(), domain]
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in ``directory`` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -37,7 +37,7 @@ from specforge_core.contracts import (
     Usage,
     describe_sample,
 )
-from specforge_core.features.file_lock import sync_directory
+from specforge_core.contracts.files import sync_directory
 from specforge_core.features.identity import file_name_problem
 from specforge_core.features.sample_file import check_length, encode_sample, read_features, read_header
 from specforge_core.features.store_access import claim_or_attach

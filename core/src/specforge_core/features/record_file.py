@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from specforge_core.contracts import ChannelError
-from specforge_core.features.file_lock import is_locked, lock_domain, lock_file, sync_directory
+from specforge_core.contracts.files import sync_directory
+from specforge_core.features.file_lock import is_locked, lock_domain, lock_file
 
 _LOCK_SECONDS = 1.0
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True)

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from specforge_core.contracts import AccessDenied, access_proof
-from specforge_core.features.file_lock import sync_directory
+from specforge_core.contracts.files import sync_directory
 
 MARKER = ".access"
 

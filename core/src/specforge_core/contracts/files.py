@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that somebody else may have written, or planted: opened without following links, read with a limit, parsed
+without a traceback, and replaced as a whole.
+
+Every stage reads such files: run directories that were handed over, checkpoints, exports, shared mounts. What is
+refused here is refused as an ``OSError`` or a ``ValueError`` whose text says why; each stage names the file and what to
+do in an error of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from specforge_core.contracts.errors import SpecForgeError
+
+MAX_JSON_BYTES = 64 << 20
+"""The longest JSON document that is read: the index of a checkpoint of a hundred thousand tensors has some 20 MB."""
+
+
+def open_regular(path: Path | str, flags: int, mode: int = 0o666) -> int:
+    """``os.open`` of a regular file. A link, pipe, device or directory in its place is refused and not waited for.
+
+    Only the last part of ``path`` is looked at: directories above it are chosen by whoever configured them.
+
+    :raises OSError: it cannot be opened; it is not a regular file; it is to be written and has a second name (a hard
+        link), so that writing would change a file elsewhere.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here", str(path)) from None
+        raise
+    try:
+        _refuse_strange(os.fstat(descriptor), path, writing=flags & os.O_ACCMODE != os.O_RDONLY)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_strange(status: os.stat_result, path: Path | str, *, writing: bool) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    if writing and status.st_nlink > 1:
+        raise OSError(errno.EMLINK, "has a second name (a hard link), so it is not written", str(path))
+
+
+def make_directory(path: Path) -> None:
+    """Make ``path`` unless it is there, its parents too.
+
+    :raises OSError: it cannot be made, or a link or a file is in its place.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here", str(path))
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """The content of a regular file.
+
+    :raises OSError: it cannot be opened (see ``open_regular``), or it is longer than ``limit`` bytes.
+    """
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"is longer than {limit} bytes", str(path))
+    return content
+
+
+def parse_json(text: bytes | str) -> Any:
+    """:raises ValueError: not JSON, not UTF-8, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json_object(
+    path: Path, *, refuse: Callable[[str], SpecForgeError], limit: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    :param refuse: makes the caller's error from the reason why the file cannot be used.
+    :raises SpecForgeError: what ``refuse`` makes: the file is missing, too long, or not a JSON object.
+    """
+    try:
+        value = parse_json(read_bytes(path, limit=limit))
+    except OSError as error:
+        raise refuse(f"it cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise refuse(f"it is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise refuse("it is not a JSON object")
+    return value
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, also after a power cut, finds all of it or what was there before.
+
+    :raises OSError: it cannot be written; what was there is unchanged and nothing is left beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")  # a name that nobody can have planted
+    try:
+        with open(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make a rename in ``directory`` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
