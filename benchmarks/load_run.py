@@ -51,6 +51,7 @@ from specforge_core.loading.backpressure import Watermarks
 from specforge_core.loading.demand import Demand
 from specforge_core.loading.planned import cut_batches
 from specforge_core.loading.supply import Supply, SupplyParts
+from specforge_core.loading.trusted_refs import TrustedRefs
 
 HIDDEN, LAYERS, VOCABULARY = 64, 3, 32_000
 LONGEST = 2048
@@ -185,7 +186,7 @@ def train(wiring: Wiring, *, samples: int, watermarks: Watermarks) -> dict[str, 
             store=store,
             ledger=ledger,
             demand=demand,
-            check=lambda ref: check_signature(ref, token=TOKEN, run_id="load-run"),
+            trusted=TrustedRefs(lambda ref: check_signature(ref, token=TOKEN, run_id="load-run")),
             progress=SilentProgress(),
             stop=StopSignal(),
             reuse_features=False,

@@ -21,9 +21,11 @@ from specforge_core.contracts import (
     AUX_HIDDEN_STATES,
     INPUT_IDS,
     LOSS_MASK,
+    CaptureRequest,
     FeatureGone,
     FeatureStore,
     LeaseDesk,
+    Prompt,
     RefReader,
     Sample,
     SampleRef,
@@ -41,7 +43,9 @@ from specforge_core.loading.held_out import HeldOut
 from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
 from specforge_core.loading.planned import plan_epochs
+from specforge_core.loading.sample_reader import SampleReader
 from specforge_core.loading.supply import Free, Supply, SupplyParts
+from specforge_core.loading.trusted_refs import TrustedRefs
 from specforge_core.loading.windows import WindowPlan
 from specforge_core.training.evaluator import Evaluator
 from specforge_core.training.metrics_log import MetricsLog
@@ -138,12 +142,17 @@ class QueueReader(RefReader):
 @dataclass(frozen=True)
 class Prompts:
     count: int
+    first: int = 0
 
     def __len__(self) -> int:
         return self.count
 
+    def __getitem__(self, index: int) -> Prompt:
+        features = make_sample(self.first + index).features
+        return Prompt(self.prompt_id(index), features[INPUT_IDS].tolist(), features[LOSS_MASK].int().tolist())
+
     def prompt_id(self, index: int) -> str:
-        return f"p{index}"
+        return f"p{self.first + index}"
 
 
 @dataclass(kw_only=True)
@@ -228,7 +237,7 @@ class ToyRun:
             store=self.store,
             ledger=self.ledger(),
             demand=NothingWanted() if self.desk is None else Demand(self.desk, self.watermarks),
-            check=self.check,
+            trusted=TrustedRefs(self.check),
             progress=SilentProgress(),
             stop=self.stop,
             reuse_features=self.reuse_features,
@@ -240,7 +249,7 @@ class ToyRun:
     def loader(self, deadline_seconds: float = 20.0) -> Loader:
         parts = LoaderParts(
             supply=self.supply(deadline_seconds),
-            store=self.store,
+            samples=self.samples(self.store),
             strategy=self.strategy,
             prompts=Prompts(self.prompts),
             order=self.order,
@@ -264,12 +273,16 @@ class ToyRun:
             device="cpu",
         )
 
+    def samples(self, store: FeatureStore) -> SampleReader:
+        return SampleReader(store=store, request=CaptureRequest(aux_layer_ids=(0,)), hidden_size=HIDDEN)
+
     def held_out(self) -> HeldOut:
         store = DictStore()
         refs = [store.put(f"h{i}.e0", self.make_sample(100 + i, 0)) for i in range(5)]
         return HeldOut(
-            store=store,
+            reader=self.samples(store),
             refs=refs,
+            prompts=Prompts(5, first=100),
             strategy=self.strategy,
             micro_batch_size=2,
             seed=7,

@@ -132,7 +132,7 @@ def test_every_changed_byte_is_an_error_that_names_file_and_offset(tmp_path: Pat
     ("line", "why"),
     [
         (frame("V", ["specforge refs", 1]), "version"),
-        (frame("V", ["specforge refs", 3]), "version"),
+        (frame("V", ["specforge refs", 2]), "version"),
         (frame("V", ["something else", 2]), "format"),
         (frame("R", [0, ["p"], 0, 1, 3]), "format"),
         (b"\n", "checksum"),

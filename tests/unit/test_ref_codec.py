@@ -14,6 +14,7 @@ from specforge_core.testing.samples import make_ref
 
 PLAIN = make_ref(0)
 SIGNED = replace(make_ref(1), signature="c2lnbmVk")
+VOUCHED = replace(make_ref(8), signature="c2lnbmVk", digest="0123abcd")
 OTHERS = [
     replace(make_ref(2), sample_id=held_out_sample_id("prompt-2")),
     replace(make_ref(3), sample_id="", prompt_id="", signature=""),
@@ -42,7 +43,8 @@ def decoder_of(layouts: list[Any]) -> RefDecoder:
         [SIGNED],
         [make_ref(number) for number in range(20)],
         [replace(make_ref(number), signature=f"s{number}") for number in range(20)],
-        [PLAIN, SIGNED, *OTHERS],
+        [VOUCHED],
+        [PLAIN, SIGNED, VOUCHED, *OTHERS],
         [*OTHERS, PLAIN, PLAIN],
         *([ref] for ref in OTHERS),
     ],
@@ -63,6 +65,14 @@ def test_what_is_the_same_for_a_whole_batch_is_recorded_once() -> None:
     assert len(layouts) == 1
     assert record == [0, ("prompt-0", "prompt-1"), 0, 1, (3, 4)]
     assert RefEncoder().encode(SIGNED)[1] == [0, "prompt-1", 0, 1, 4, None, "c2lnbmVk"]
+    assert RefEncoder().encode(VOUCHED)[1] == [0, "prompt-8", 0, 1, 4, None, "c2lnbmVk", "0123abcd"]
+
+
+def test_a_decoded_ref_says_where_it_was_read() -> None:
+    layouts, record = RefEncoder().encode_batch([PLAIN, VOUCHED])
+    found = decoder_of(layouts).decode_batch(as_read(record), origin="here")
+    assert [ref.origin for ref in found] == ["here", "here"]
+    assert found == [PLAIN, VOUCHED]
 
 
 def test_layouts_are_recorded_once_and_a_copy_can_be_thrown_away() -> None:
@@ -106,7 +116,11 @@ def test_what_no_decoder_would_take_is_not_encoded(change: dict[str, Any], error
         {},
         [],
         [0, ["p"], 0, 1],
-        [0, ["p"], 0, 1, 3, None, "", ""],
+        [0, ["p"], 0, 1, 3, None, "", "", ""],
+        [0, ["p"], 0, 1, 3, None, "", None],
+        [0, ["p"], 0, 2**63, 3],
+        [0, ["p"], 10**30, 1, 3],
+        [0, ["p"], 0, 1, 10**30],
         [0, [], 0, 1, 3],
         [0, "p", 0, 1, 3],
         [0, ["p", 5], 0, 1, 3],

@@ -54,7 +54,7 @@ from specforge_core.contracts.records import (
     skipped_ref,
 )
 from specforge_core.contracts.ref_channel import ChannelCapabilities, InFlight, RefChannel, RefReader, RefWriter
-from specforge_core.contracts.signing import access_proof, check_signature, sign
+from specforge_core.contracts.signing import access_proof, check_signature, locate, sign
 from specforge_core.contracts.stop import StopSignal
 from specforge_core.contracts.strategy import LossTerm, StepContext, StepOutput, Strategy
 from specforge_core.contracts.target_engine import (
@@ -140,6 +140,7 @@ __all__ = [
     "check_signature",
     "describe_sample",
     "held_out_sample_id",
+    "locate",
     "sample_id",
     "sign",
     "simulated_acceptance_length",

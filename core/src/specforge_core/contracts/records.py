@@ -160,6 +160,11 @@ class SampleRef:
     sample id; a ref of an earlier generation is stale. ``signature`` is an HMAC, "" until the ref is signed to be
     published; where no token is configured its key is public, and it only tells runs apart.
     A ref without features stands for a sample that was skipped: a member of its window that weighs nothing.
+
+    :param digest: BLAKE3 of the features' bytes (see ``features.contents``), so that the signature covers them too;
+        "" where no token is configured.
+    :param origin: where this process read the ref (a file and offset, an entry), for messages; neither recorded nor
+        signed, and no part of what makes two refs equal.
     """
 
     sample_id: str
@@ -170,6 +175,8 @@ class SampleRef:
     prompt_id: str
     epoch: int
     signature: str = ""
+    digest: str = ""
+    origin: str = field(default="", compare=False)
 
     @property
     def nbytes(self) -> int:

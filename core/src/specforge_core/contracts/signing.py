@@ -3,7 +3,8 @@
 
 A ref says which bytes to train on, so whoever can write into a channel could train a draft on anything. With a token,
 a ref is trusted only where its HMAC-SHA256 (RFC 2104) over every field and the run's id is right: one that was forged,
-altered, or published in another run is refused.
+altered, or published in another run is refused. One of the fields is the digest of the sample's bytes, so that whoever
+can write into the store cannot have other bytes trained either.
 """
 
 from __future__ import annotations
@@ -33,9 +34,14 @@ def check_signature(ref: SampleRef, *, token: str, run_id: str) -> None:
         fault = "is not signed" if not ref.signature else "has a signature that this run's token did not make"
         raise AccessDenied(
             f"the ref {fault}: it was forged, altered, or published by another run",
-            where=f"sample {ref.sample_id}",
+            where=locate(ref),
             hint="give every capture process the same token and run.id as the train role, and nobody else",
         )
+
+
+def locate(ref: SampleRef) -> str:
+    """The sample of a ref and where the ref stands, for messages."""
+    return f"sample {ref.sample_id}{f' ({ref.origin})' if ref.origin else ''}"
 
 
 def access_proof(token: str, *, purpose: str) -> str:
@@ -48,6 +54,7 @@ def access_proof(token: str, *, purpose: str) -> str:
 
 def _signature(ref: SampleRef, token: str, run_id: str) -> str:
     features = [[spec.name, list(spec.shape), spec.dtype, spec.norm] for spec in ref.features]
-    fields = [run_id, ref.sample_id, ref.generation, ref.store, features, ref.num_tokens, ref.prompt_id, ref.epoch]
+    names = [run_id, ref.sample_id, ref.generation, ref.store, ref.num_tokens, ref.prompt_id, ref.epoch]
+    fields = [*names, features, ref.digest]
     digest = hmac.new(token.encode(), json.dumps(fields).encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest[:_SIGNATURE_BYTES]).rstrip(b"=").decode()

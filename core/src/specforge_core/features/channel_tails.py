@@ -16,7 +16,7 @@ from specforge_core.features.liveness import OwnerWatch
 from specforge_core.features.record_file import Record, RecordTail, frame
 from specforge_core.features.ref_codec import RefDecoder
 
-_VERSION = ["specforge refs", 2]
+_VERSION = ["specforge refs", 3]
 VERSION_FRAME = frame("V", _VERSION)
 WRITER_SUFFIX = ".refs"
 READER_SUFFIX = ".acks"
@@ -117,7 +117,7 @@ class WriterTail(_OwnedTail):
     def decode(self, record: Record) -> list[SampleRef]:
         body = record.body()
         try:
-            return self._decoder.decode_batch(body)
+            return self._decoder.decode_batch(body, origin=f"{self.path}, offset {record.offset}")
         except ValueError as error:
             raise record.malformed(str(error)) from error
 

@@ -5,7 +5,7 @@ Most samples of a run consist of the same tensors but for their length. So a *la
 with the sample's length left open) is recorded once, and a ref is then a handful of plain values::
 
     layout   [store, [[name, dtype, norm, [null, 3, 64]], …]]          null: the sample's number of tokens
-    ref      [layout number, prompt id, epoch, generation, tokens, sample id or null, signature]
+    ref      [layout number, prompt id, epoch, generation, tokens, sample id or null, signature, digest]
     batch    the same with a list of prompt ids, and of every other field that is not the same for all refs
 
 Trailing fields are left out where they follow from the others. Records are JSON values; how they are framed is the
@@ -15,7 +15,7 @@ channel's affair. Batches are checked column by column, which costs a fraction o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import chain
 from operator import attrgetter
@@ -27,12 +27,18 @@ Layout = tuple[str, tuple[tuple[str, str, str | None, tuple[int | None, ...]], .
 _Content = tuple[str, int, tuple[tuple[Any, ...], ...]]
 """Store, number of tokens, and the fields of every feature."""
 
+_FEWEST_FIELDS, _MOST_FIELDS = 5, 8
+_FOLLOWING: Mapping[int, str | None] = {6: None, 7: "", 8: ""}
+"""What the field at a record's end means where it is left out, by the number of fields with it."""
+_MOST_COUNT = 2**63 - 1
+"""The largest integer of 64 bits: what the ledger's database and every store's own numbers hold."""
+
 _TEXT = frozenset({str})
 _TEXT_OR_NONE = _TEXT | {type(None)}
 _COUNT = frozenset({int})
 _SPEC = frozenset({FeatureSpec})
 _SETTERS = [getattr(SampleRef, item.name).__set__ for item in fields(SampleRef)]
-_columns_of = attrgetter("prompt_id", "epoch", "generation", "num_tokens", "sample_id", "signature", "store")
+_columns_of = attrgetter("prompt_id", "epoch", "generation", "num_tokens", "sample_id", "signature", "digest", "store")
 _features_of = attrgetter("features")
 _shape_of = attrgetter("shape")
 _fields_of = attrgetter("name", "dtype", "norm", "shape")
@@ -78,9 +84,8 @@ class RefEncoder:
             for ref in refs:
                 check_metadata_only(ref)
             raise ValueError(f"a field of {refs[0].sample_id!r} or of a ref published with it has the wrong type")
-        prompt_ids, epochs, generations, tokens, sample_ids, signatures, stores = columns
-        if min(map(min, (epochs, generations, tokens))) < 0:
-            raise ValueError("epoch, generation and tokens are counts")
+        prompt_ids, epochs, generations, tokens, sample_ids, signatures, digests, stores = columns
+        _check_counts(epochs, generations, tokens)
         layouts: list[Layout] = []
         numbers = []
         for store, count, features in zip(stores, tokens, map(_features_of, refs), strict=True):
@@ -89,12 +94,10 @@ class RefEncoder:
             numbers.append(self._see(content, layouts) if number is None else number)
         follow = map(sample_id, prompt_ids, epochs)
         own_ids = [None if own == usual else own for own, usual in zip(sample_ids, follow, strict=True)]
-        own_id, signature = _once(own_ids), _once(signatures)
         record = [_once(numbers), prompt_ids, _once(epochs), _once(generations), _once(tokens)]
-        if own_id is not None or signature != "":
-            record.append(own_id)
-        if signature != "":
-            record.append(signature)
+        record += [_once(own_ids), _once(signatures), _once(digests)]
+        while len(record) > _FEWEST_FIELDS and record[-1] == _FOLLOWING[len(record)]:
+            record.pop()
         return layouts, record
 
     def _see(self, content: _Content, layouts: list[Layout]) -> int:
@@ -165,27 +168,32 @@ class RefDecoder:
         [ref] = self.decode_batch([number, [prompt_id], *others])
         return ref
 
-    def decode_batch(self, record: Any) -> list[SampleRef]:
-        """:raises ValueError: the record is malformed or names a layout that was not recorded."""
-        if type(record) is not list or not 5 <= len(record) <= 7:
-            raise ValueError("a ref record has five to seven fields")
-        number, prompt_ids, *counts = record[:5]
+    def decode_batch(self, record: Any, *, origin: str = "") -> list[SampleRef]:
+        """The refs of a record that was read from ``origin``.
+
+        :raises ValueError: the record is malformed or names a layout that was not recorded.
+        """
+        if type(record) is not list or not _FEWEST_FIELDS <= len(record) <= _MOST_FIELDS:
+            raise ValueError(f"a ref record has {_FEWEST_FIELDS} to {_MOST_FIELDS} fields")
+        following: list[Any] = [_FOLLOWING[size] for size in range(len(record) + 1, _MOST_FIELDS + 1)]
+        number, prompt_ids, epoch, generation, count, own_id, signature, digest = record + following
         if type(prompt_ids) is not list or not prompt_ids:
             raise ValueError("the prompt ids of a batch are a list")
         size = len(prompt_ids)
-        numbers, epochs, generations, tokens = (_column(field, size, _COUNT) for field in (number, *counts))
+        counts = (number, epoch, generation, count)
+        numbers, epochs, generations, tokens = (_column(field, size, _COUNT) for field in counts)
         _column(prompt_ids, size, _TEXT)
-        own_ids = _column(record[5] if len(record) > 5 else None, size, _TEXT_OR_NONE)
-        signatures = _column(record[6] if len(record) > 6 else "", size, _TEXT)
-        if min(map(min, (numbers, epochs, generations, tokens))) < 0:
-            raise ValueError("layout, epoch, generation and tokens are counts")
+        own_ids = _column(own_id, size, _TEXT_OR_NONE)
+        signatures, digests = (_column(field, size, _TEXT) for field in (signature, digest))
+        _check_counts(numbers, epochs, generations, tokens)
         if max(numbers) >= len(self.layouts):
             raise ValueError(f"layout {max(numbers)} was not recorded")
         follow = map(sample_id, prompt_ids, epochs)
         sample_ids = [usual if own is None else own for own, usual in zip(own_ids, follow, strict=True)]
         stores = [self.layouts[number][0] for number in numbers]
         features = list(map(self._features, numbers, tokens))
-        return _make_refs(sample_ids, generations, stores, features, tokens, prompt_ids, epochs, signatures)
+        columns = (sample_ids, generations, stores, features, tokens, prompt_ids, epochs, signatures, digests)
+        return _make_refs(*columns, [origin] * size)
 
     def _features(self, number: int, num_tokens: int) -> tuple[FeatureSpec, ...]:
         """Refs of one layout and length share their specs."""
@@ -209,6 +217,12 @@ def _make_refs(*columns: Sequence[Any]) -> list[SampleRef]:
     return refs
 
 
+def _check_counts(*columns: Sequence[int]) -> None:
+    """:raises ValueError: a count is negative or larger than any store or database can keep."""
+    if min(map(min, columns)) < 0 or max(map(max, columns)) > _MOST_COUNT:
+        raise ValueError(f"layout, epoch, generation and tokens are counts up to {_MOST_COUNT}")
+
+
 def _column(field: Any, size: int, types: frozenset[type]) -> list[Any]:
     """A value per ref.
 
@@ -216,7 +230,7 @@ def _column(field: Any, size: int, types: frozenset[type]) -> list[Any]:
     """
     column = field if type(field) is list else [field] * size
     if len(column) != size or not types.issuperset(map(type, column)):
-        raise ValueError("layout, epoch, generation and tokens are counts, ids and signature text, one per ref")
+        raise ValueError("layout, epoch, generation and tokens are counts, ids, signature and digest text, one per ref")
     return column
 
 

@@ -16,6 +16,7 @@ from specforge_core.contracts import (
     FeatureGone,
     FeatureStore,
     Progress,
+    Prompt,
     RefWriter,
     SampleRef,
     StaleRef,
@@ -25,21 +26,25 @@ from specforge_core.contracts import (
 from specforge_core.loading.demand import PlannedBatch
 from specforge_core.loading.order import sample_seed
 from specforge_core.loading.planned import only_missing
+from specforge_core.loading.sample_reader import SampleReader
 from specforge_core.loading.supply import Supply
-from specforge_core.loading.windows import by_length, split
+from specforge_core.loading.windows import split
 
 _RECAPTURES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Held-out refs, the store that has their features, and how to cut them.
+    """Held-out prompts with their refs, and how to cut them.
 
-    Iterating collates one micro-batch after another (this rank's share). Raises what ``store.get`` raises.
+    Iterating collates one micro-batch after another (this rank's share). Raises what ``SampleReader.read`` raises.
+
+    :param refs: one for each of ``prompts``, in their order.
     """
 
-    store: FeatureStore
+    reader: SampleReader
     refs: Sequence[SampleRef]
+    prompts: Sequence[Prompt]
     strategy: Strategy
     micro_batch_size: int
     seed: int
@@ -50,13 +55,15 @@ class HeldOut:
         return math.ceil(len(self._mine()) / self.micro_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for refs in split(self._mine(), len(self)):
-            samples = [self.store.get(ref) for ref in refs]
-            yield self.strategy.collate(samples, [sample_seed(self.seed, 0, ref.prompt_id) for ref in refs])
+        for indices in split(self._mine(), len(self)):
+            samples = [self.reader.read(self.refs[index], self.prompts[index]) for index in indices]
+            seeds = [sample_seed(self.seed, 0, sample.prompt_id) for sample in samples]
+            yield self.strategy.collate(samples, seeds)
 
-    def _mine(self) -> list[SampleRef]:
-        captured = [ref for ref in self.refs if not ref.skipped]
-        return by_length(captured)[self.rank :: self.world_size]
+    def _mine(self) -> list[int]:
+        """Places in ``refs``, the longest first."""
+        captured = [index for index, ref in enumerate(self.refs) if not ref.skipped]
+        return sorted(captured, key=lambda index: -self.refs[index].num_tokens)[self.rank :: self.world_size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ when they are to be read has them captured again.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -20,8 +21,8 @@ from specforge_core.contracts import (
     DeadlineExceeded,
     FeatureCorrupt,
     FeatureGone,
-    FeatureStore,
     Progress,
+    Prompt,
     Sample,
     SampleRef,
     StaleRef,
@@ -32,11 +33,14 @@ from specforge_core.contracts import (
 from specforge_core.loading.demand import PlannedBatch
 from specforge_core.loading.order import PromptOrder, sample_seed
 from specforge_core.loading.prefetch import Prefetcher
+from specforge_core.loading.sample_reader import SampleReader
 from specforge_core.loading.supply import Supply
 from specforge_core.loading.windows import Window, WindowPlan
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import LoadingSection
+
+_log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.1
 _RECAPTURES = 5
@@ -46,11 +50,15 @@ _GONE = (FeatureGone, StaleRef, FeatureCorrupt)
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A window whose refs are being collected."""
+    """A window whose refs are being collected.
+
+    :param prompts: which prompt each of ``keys`` is of.
+    """
 
     index: int
     epoch: int
     keys: Sequence[str]
+    prompts: Sequence[int]
 
 
 class _FeaturesLost(Exception):
@@ -76,10 +84,12 @@ class _Upcoming:
         return taken
 
 
-class PromptIds(Protocol):
-    """The prompts' ids by index; a prompt set is one."""
+class Prompts(Protocol):
+    """Prompts by index, and their ids without reading them; a prompt set is one."""
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Prompt: ...
 
     def prompt_id(self, index: int) -> str: ...
 
@@ -92,9 +102,9 @@ class LoaderParts:
     """
 
     supply: Supply
-    store: FeatureStore
+    samples: SampleReader
     strategy: Strategy
-    prompts: PromptIds
+    prompts: Prompts
     order: PromptOrder
     planned: Callable[[int], Iterator[PlannedBatch]]
     progress: Progress
@@ -145,8 +155,9 @@ class Loader:
             epoch, place = self.plan.place(index)
             if epoch != epoch_in_hand:
                 epoch_in_hand, order = epoch, self._parts.order.epoch(epoch)
-            prompt_ids = [self._parts.prompts.prompt_id(i) for i in order[place]]
-            yield _Wanted(index, epoch, [self.supply.key(prompt_id, epoch) for prompt_id in prompt_ids])
+            prompts = order[place]
+            keys = [self.supply.key(self._parts.prompts.prompt_id(prompt), epoch) for prompt in prompts]
+            yield _Wanted(index, epoch, keys, prompts)
 
     def _read_ahead(
         self, upcoming: _Upcoming, ahead: list[_Wanted], *, prefetcher: Prefetcher[Window], limit: int
@@ -174,6 +185,7 @@ class Loader:
             except _FeaturesLost as lost:
                 if self.supply.reuses:
                     raise lost.error from None
+                _log.warning("%d samples of window %d are captured again: %s", len(lost.lost), wanted.index, lost.error)
                 self.supply.lost(lost.lost, intact=lost.intact)
                 self._collect(wanted, patient=True)
                 future = prefetcher.run(self._loading(wanted, prefetcher))
@@ -190,7 +202,7 @@ class Loader:
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(
                     f"reading a window's features took longer than {self._settings.deadline_seconds:g} s",
-                    where=f"store {type(self._parts.store).__name__}",
+                    where=f"store {type(self._parts.samples.store).__name__}",
                     hint="see whether the store answers, or raise loading.deadline_seconds",
                 )
         self._parts.progress.waiting(None)
@@ -202,11 +214,12 @@ class Loader:
         Skipped samples have no features: they are members of the window that weigh nothing.
         """
         micro_batches, lost = [], dict[str, StoreError]()
+        prompt_of = dict(zip(wanted.keys, wanted.prompts, strict=True))
         for cut in self.plan.cut([ref for ref in refs if not ref.skipped]):
             samples = []
             for ref in cut:
                 try:
-                    samples.append(self._get(ref, prefetcher))
+                    samples.append(self._read(ref, self._parts.prompts[prompt_of[ref.sample_id]], prefetcher))
                 except _GONE as error:
                     lost[ref.sample_id] = error
             if not lost:
@@ -218,12 +231,12 @@ class Loader:
         tokens = sum(ref.num_tokens for ref in refs)
         return Window(wanted.index, wanted.epoch, micro_batches, refs, tokens, waited_seconds=0.0)
 
-    def _get(self, ref: SampleRef, prefetcher: Prefetcher[Window]) -> Sample:
+    def _read(self, ref: SampleRef, prompt: Prompt, prefetcher: Prefetcher[Window]) -> Sample:
         """A sample's features; a store that does not answer is asked again a few times."""
         for pause in (*_RETRY_SECONDS, None):
             prefetcher.raise_if_closed()
             try:
-                return self._parts.store.get(ref)
+                return self._parts.samples.read(ref, prompt)
             except StoreError as error:
                 if pause is not None and not isinstance(error, _GONE):
                     prefetcher.wait(pause)

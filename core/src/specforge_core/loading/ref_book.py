@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import RefReader, SampleRef, sample_id
+from specforge_core.loading.trusted_refs import TrustedRefs
 
 if TYPE_CHECKING:
     from specforge_core.features.ledger import Ledger, LedgerEntry, NoLedger
@@ -23,7 +24,7 @@ class RefBook:
     """Refs that have come and were not taken yet. Used by one thread.
 
     :param reuse: refs serve every epoch.
-    :param check: raises for a ref that must not be trusted.
+    :param trusted: the refs that may be trained on, out of those that came.
     :param discard: deletes a surplus ref's features.
     """
 
@@ -33,13 +34,13 @@ class RefBook:
         *,
         ledger: Ledger | NoLedger,
         reuse: bool,
-        check: Callable[[SampleRef], None],
+        trusted: TrustedRefs,
         discard: Callable[[SampleRef], None],
     ) -> None:
         self._reader = reader
         self._ledger = ledger
         self._reuse = reuse
-        self._check = check
+        self._trusted = trusted
         self._discard = discard
         self._refs: dict[str, SampleRef] = {}
         self.arrived = 0
@@ -58,23 +59,19 @@ class RefBook:
         return [key for key in keys if key not in self._refs]
 
     def restore(self, refs: Iterable[SampleRef]) -> None:
-        """Put in refs that came in an earlier session, or were taken and could not be used. Raises as ``read`` does."""
+        """Put in refs that came in an earlier session, or were taken and could not be used."""
         for ref in refs:
-            self._check(ref)
             self._keep(ref)
 
     def read(self, timeout: float) -> list[str] | None:
         """Take in what the channel has, waiting up to ``timeout`` seconds for the first.
 
         Returns the ids of samples that are in the book now; None where nothing came at all.
-
-        :raises AccessDenied: a ref that nobody with this run's token signed.
         """
-        refs = self._reader.poll(_POLL_REFS, timeout)
-        for ref in refs:
-            self._check(ref)
-        if not refs:
+        came = self._reader.poll(_POLL_REFS, timeout)
+        if not came:
             return None
+        refs = self._trusted(came)  # what is passed over is not acked: that would ack the honest ref of the same sample
         self.arrived += len(refs)
         known = {} if self._reuse else self._ledger.find([ref.sample_id for ref in refs])
         surplus = [ref for ref in refs if _is_surplus(known.get(ref.sample_id))]

@@ -27,6 +27,7 @@ from specforge_core.contracts import (
 from specforge_core.loading.demand import Demand, PlannedBatch
 from specforge_core.loading.patience import Patience
 from specforge_core.loading.ref_book import RefBook
+from specforge_core.loading.trusted_refs import TrustedRefs
 
 if TYPE_CHECKING:
     from specforge_core.features.ledger import Ledger, NoLedger
@@ -44,7 +45,7 @@ class SupplyParts:
     :param free: when features are deleted from the store: ``never``, once their ``window`` is trained, or once a
         ``checkpoint`` covers them.
     :param reuse_features: features are captured once and belong to no run: read again each epoch, never acked.
-    :param check: raises for a ref that must not be trusted.
+    :param trusted: the refs that may be trained on, out of those that came.
     :param deadline_seconds: longest wait for a sample.
     """
 
@@ -52,7 +53,7 @@ class SupplyParts:
     store: FeatureStore
     ledger: Ledger | NoLedger
     demand: Demand
-    check: Callable[[SampleRef], None]
+    trusted: TrustedRefs
     progress: Progress
     stop: StopSignal
     reuse_features: bool
@@ -70,7 +71,7 @@ class Supply:
             parts.reader,
             ledger=parts.ledger,
             reuse=parts.reuse_features,
-            check=parts.check,
+            trusted=parts.trusted,
             discard=self._delete,
         )
 
@@ -102,7 +103,7 @@ class Supply:
     def want(self, planned: Iterator[PlannedBatch]) -> None:
         """Have these batches captured, but for samples whose features are here, or come, from an earlier session."""
         outstanding = self._parts.demand.outstanding()
-        available = [] if self._parts.reuse_features else self._came_before()
+        available = [] if self._parts.reuse_features else self._parts.trusted(self._came_before())
         self._book.restore(available)
         self._parts.demand.begin(planned, {ref.sample_id for ref in available}, outstanding=outstanding)
 
@@ -117,7 +118,6 @@ class Supply:
         :raises DeadlineExceeded: a sample did not come in time.
         :raises DataError: a sample will never come.
         :raises ChannelFailed: the capture half failed.
-        :raises AccessDenied: a ref that nobody with this run's token signed.
         :raises RunStopped: the run was asked to stop.
         """
         self._parts.stop.raise_if_requested()
@@ -217,7 +217,12 @@ class Supply:
         """Offer again what got lost on its way here; whether anything had."""
         outstanding = self._parts.demand.outstanding()
         self._read_all()
-        return self._parts.demand.offer_again(outstanding) > 0
+        try:
+            return self._parts.demand.offer_again(outstanding) > 0
+        except DataError as error:
+            if self._parts.trusted.note:
+                error.add_note(self._parts.trusted.note)
+            raise
 
     def _came_before(self) -> list[SampleRef]:
         self._read_all()  # capture may have gone on while nobody read
@@ -250,7 +255,8 @@ class Supply:
         return True
 
     def _arrived(self, keys: Sequence[str], missing: Sequence[str], what: str) -> str:
-        return f"{len(keys) - len(missing)} of {len(keys)} of {what}, {self._book.arrived} refs in all"
+        note = f"; {self._parts.trusted.note}" if self._parts.trusted.note else ""
+        return f"{len(keys) - len(missing)} of {len(keys)} of {what}, {self._book.arrived} refs in all{note}"
 
     def _never(self, keys: Sequence[str], missing: Sequence[str], what: str) -> DataError:
         return DataError(

@@ -11,8 +11,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from specforge_core.contracts import Batch, SampleRef
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ def deal(refs: Sequence[SampleRef], world_size: int) -> list[list[SampleRef]]:
     return [[refs[index] for index in sorted(share)] for share in shares]
 
 
-def split(refs: Sequence[SampleRef], parts: int) -> list[list[SampleRef]]:
+def split(refs: Sequence[T], parts: int) -> list[list[T]]:
     """Cut into ``parts`` runs of equal length (to one), so that every rank makes the same number of passes.
 
     Fewer where there are fewer refs than parts: a micro-batch is never empty.

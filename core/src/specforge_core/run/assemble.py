@@ -27,11 +27,13 @@ from specforge_core.contracts import (
     StopSignal,
     Strategy,
     TargetEngine,
+    held_out_sample_id,
 )
 from specforge_core.hooks.descriptors import resolve
 from specforge_core.loading.held_out import HeldOut, HeldOutCopy
 from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
+from specforge_core.loading.sample_reader import SampleReader
 from specforge_core.loading.windows import WindowPlan
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet
@@ -176,15 +178,23 @@ class Run:
         if not config.data.eval:
             return None
         check_features(self.directory.split("eval"), self.manifest("eval"))
-        wires = self.wires["eval"]
+        prompts = self.prompts("eval")
+        sample_ids = [held_out_sample_id(prompts.prompt_id(index)) for index in range(len(prompts))]
         return HeldOut(
-            store=wires.store,
-            refs=read_all(wires.channel, expected=len(self.prompts("eval")), check=self.wires.check),
+            reader=self.sample_reader("eval"),
+            refs=read_all(self.wires["eval"].channel, sample_ids, trusted=self.wires.trusted),
+            prompts=prompts,
             strategy=self.strategy,
             micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
             seed=config.run.seed,
             rank=self.parallelism.rank,
             world_size=self.parallelism.world_size,
+        )
+
+    def sample_reader(self, split: Split) -> SampleReader:
+        """Reads captured samples of a split, checked against what this run asks for."""
+        return SampleReader(
+            store=self.wires[split].store, request=self.plan.request, hidden_size=self.plan.info.hidden_size
         )
 
     def evaluator(self) -> Evaluator:
@@ -222,7 +232,7 @@ class Run:
         config = self.plan.config
         parts = LoaderParts(
             supply=self.train_end.supply,
-            store=self.wires["train"].store,
+            samples=self.sample_reader("train"),
             strategy=self.strategy,
             prompts=self.prompts("train"),
             order=self.order,

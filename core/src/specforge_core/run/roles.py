@@ -167,9 +167,7 @@ def _capture_once(run: Run, split: Split) -> CaptureCounts:
     record_features(run.directory.split(split), run.manifest(split))
     with _capturing(run, split) as half:
         outstanding = half.desk.outstanding()
-        published = half.writer.published()
-        for ref in published:
-            run.wires.check(ref)
+        published = run.wires.trusted(half.writer.published())
         done = {ref.sample_id for ref in published}
         run.progress("capture").begin(f"capturing {split} prompts", len(run.prompts(split)) - len(done))
         Demand(half.desk, _NO_LIMIT).begin(run.batches.planned_once(split), done, outstanding=outstanding)

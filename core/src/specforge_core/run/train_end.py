@@ -58,7 +58,7 @@ class TrainEnd:
                 store=self._wires["train"].store,
                 ledger=self.ledger,
                 demand=NothingWanted() if plan.feature_reuse else Demand(self.desk, watermarks),
-                check=self._wires.check,
+                trusted=self._wires.trusted,
                 progress=self._progress,
                 stop=self._stop,
                 reuse_features=plan.feature_reuse,

@@ -24,10 +24,13 @@ from specforge_core.contracts import (
     held_out_sample_id,
     sign,
 )
+from specforge_core.features.contents import VouchedStore
 from specforge_core.features.file_channel import FileChannel
 from specforge_core.features.file_store import FileStore
+from specforge_core.features.identity import file_name_problem
 from specforge_core.hooks.builtin import FileChannelConfig, FileStoreConfig
 from specforge_core.hooks.descriptors import resolve
+from specforge_core.loading.trusted_refs import TrustedRefs
 from specforge_core.run.directory import RunDirectory
 from specforge_core.run.token import read_token
 
@@ -78,7 +81,7 @@ class RunWires:
     def check(self, ref: SampleRef) -> None:
         """
         :raises AccessDenied: nobody with this run's token signed the ref for this run.
-        :raises DataError: there is no token, and the ref was published for something else.
+        :raises DataError: there is no token, and the ref was published for something else, or is none of ours at all.
         """
         try:
             check_signature(ref, token=self.token or _NO_SECRET, run_id=self._belongs_to(ref))
@@ -91,6 +94,16 @@ class RunWires:
                 hint="let each run have a run.directory and a run.id (or channel.path) of its own; "
                 "where an earlier attempt left it, remove what that left",
             ) from error
+        problem = file_name_problem(ref.sample_id)
+        if problem:
+            raise DataError(
+                f"no sample has the id {ref.sample_id[:80]!r}: {problem}", where=ref.origin, hint="remove that ref"
+            )
+
+    @cached_property
+    def trusted(self) -> TrustedRefs:
+        """What may be used of the refs that come over the wires."""
+        return TrustedRefs(self.check)
 
     def _belongs_to(self, ref: SampleRef) -> str:
         """Offline features belong to no run: whoever captures the same shares them."""
@@ -103,10 +116,14 @@ class RunWires:
         context = PartContext(run_id=plan.run_id, directory=self._directory.split(split), token=self.token)
         if split == "eval":
             files = FileStoreConfig(name="file"), FileChannelConfig(name="file")
-            return Wires(FileStore(files[0], context), FileChannel(files[1], context))
+            return Wires(self._vouched(FileStore(files[0], context)), FileChannel(files[1], context))
         store: FeatureStore = resolve(plan.feature_store.factory)(plan.store_section, context)
         channel: RefChannel = resolve(plan.ref_channel.factory)(plan.channel_section, context)
-        return Wires(store, channel)
+        return Wires(self._vouched(store), channel)
+
+    def _vouched(self, store: FeatureStore) -> FeatureStore:
+        """With a token, a store whose bytes are signed with its refs."""
+        return store if self.token is None else VouchedStore(store)
 
     def close(self) -> None:
         for wires in self._opened.values():

@@ -24,7 +24,7 @@ from specforge_redis_channel.config import RedisChannelConfig, without_secrets
 
 ResultT = TypeVar("ResultT")
 
-_FORMAT = "2"
+_FORMAT = "3"
 _CALL_SECONDS = 5.0
 _OPEN_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0

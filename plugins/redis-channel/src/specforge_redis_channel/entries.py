@@ -55,16 +55,18 @@ class EntryDecoder:
         self._where = where
         self._decoders: dict[bytes, RefDecoder] = {}
 
-    def decode(self, entry: RawEntry) -> tuple[bytes, list[SampleRef]]:
+    def decode(self, raw: RawEntry) -> tuple[bytes, list[SampleRef]]:
         """The writer and its refs.
 
         :raises ChannelError: the entry is not one that a writer of this format added.
         """
-        number, fields = entry
+        number, fields = raw
         try:
             if fields is None or len(fields) != 6 or (fields[0], fields[2], fields[4]) != (b"w", b"l", b"r"):
                 raise ValueError("its fields are not w, l and r")
-            return fields[1], self._decoder_of(fields[3]).decode_batch(json.loads(fields[5]))
+            entry, writer = (part.decode("utf-8", "replace") for part in (number, fields[1]))
+            origin = f"{self._where}, entry {entry} of writer {writer}"
+            return fields[1], self._decoder_of(fields[3]).decode_batch(json.loads(fields[5]), origin=origin)
         except (ValueError, RecursionError) as error:
             name = number.decode("ascii", "replace")
             raise ChannelError(
