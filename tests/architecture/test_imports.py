@@ -27,7 +27,7 @@ ALLOWED = {
     "modeling": {"contracts"},
     "config": {"contracts", "hooks"},
     "hooks": {"contracts", "config"},
-    "testing": {"contracts", "modeling", "config", "hooks"},
+    "testing": {"contracts", "modeling", "config", "hooks", "VouchedStore"},  # the last as every plugin may
     **{stage: {"contracts", "modeling"} for stage in STAGES},
 }
 CONNECT = {"run", "cli"}

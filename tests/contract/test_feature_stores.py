@@ -8,9 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from specforge_core.contracts import FeatureCorrupt, PartContext, Sample, SampleRef, StaleRef, StoreFull, Usage
+from specforge_core.contracts import (
+    FeatureCorrupt,
+    FeatureStore,
+    PartContext,
+    Sample,
+    SampleRef,
+    StaleRef,
+    StoreFull,
+    Usage,
+)
 from specforge_core.features.file_store import FileStore
 from specforge_core.features.memory_store import MemoryStore
+from specforge_core.features.sample_file import encode_sample
 from specforge_core.hooks.builtin import FileStoreConfig, MemoryStoreConfig
 from specforge_core.testing.conformance import assert_rejected
 from specforge_core.testing.feature_store_suite import FeatureStoreSuite
@@ -42,6 +52,10 @@ class TestFileStore(FeatureStoreSuite):
         path = sample_file(directory, ref)
         content = path.read_bytes()
         path.write_bytes(content[:keep_bytes])
+
+    def substitute(self, directory: Path, ref: SampleRef, other: Sample) -> None:
+        with sample_file(directory, ref).open("r+b") as file:
+            encode_sample(ref.sample_id, other).write(file.fileno(), ref.generation)
 
 
 class Aliasing(MemoryStore):
@@ -216,6 +230,14 @@ def test_stores_that_share_or_guard_wrongly_are_rejected(broken: type[FileStore]
             return broken(FileStoreConfig(name="file", capacity_bytes=capacity_bytes), context(directory, token))
 
     assert_rejected(BrokenSuite, by=by)
+
+
+def test_a_store_whose_bytes_nobody_vouches_for_is_rejected() -> None:
+    class BrokenSuite(TestFileStore):
+        def vouch(self, store: FeatureStore) -> FeatureStore:
+            return store
+
+    assert_rejected(BrokenSuite, by="test_substituted_bytes_are_noticed_where_refs_are_signed")
 
 
 def test_a_store_that_pads_torn_files_is_rejected() -> None:

@@ -57,11 +57,16 @@ class TestMooncakeStore(FeatureStoreSuite):
         kept = min(max(keep_bytes, 1), nbytes - 1) if keep_bytes >= 0 else nbytes + keep_bytes
         replace_object(key, kept)
 
+    def substitute(self, directory: Path, ref: SampleRef, other: Sample) -> None:
+        """Whoever reaches the master can replace an object, and who reaches a segment its bytes."""
+        content = other.features["aux_hidden_states"]
+        replace_object(tensor_key(ref), content.nbytes, content)
 
-def replace_object(key: str, nbytes: int) -> None:
+
+def replace_object(key: str, nbytes: int, content: torch.Tensor | None = None) -> None:
     with closing(Connection(SERVICE.section())) as connection:
         connection.remove([key])
-        connection.put([key], [torch.zeros(nbytes, dtype=torch.uint8)])
+        connection.put([key], [torch.zeros(nbytes, dtype=torch.uint8) if content is None else content])
 
 
 @pytest.fixture

@@ -117,6 +117,13 @@ class PassingReader(RefReader):
         self.inner.close()
 
 
+class Digestless(PassingWriter):
+    """Loses what the signature vouches for."""
+
+    def publish(self, refs: Sequence[SampleRef]) -> None:
+        self.inner.publish([replace(ref, digest="") for ref in refs])
+
+
 class Reversing(PassingWriter):
     def publish(self, refs: Sequence[SampleRef]) -> None:
         self.inner.publish(list(reversed(refs)))
@@ -192,6 +199,11 @@ class Repeating(PassingReader):
         refs = [*self.last, *self.inner.poll(max_refs, timeout)]
         self.last = refs[-1:]
         return refs
+
+
+class Unlocated(PassingReader):
+    def poll(self, max_refs: int, timeout: float) -> list[SampleRef]:
+        return [replace(ref, origin="") for ref in self.inner.poll(max_refs, timeout)]
 
 
 class Sleepy(PassingReader):
@@ -401,6 +413,9 @@ CONTROLS: list[tuple[Any, str]] = [
     (FailingOnDeath, "test_a_dead_reader_stops_nobody_from_publishing"),
     (OnlyOwn, "test_published_is_what_no_reader_acked"),
     (Unsigned, "test_signatures_travel"),
+    (Digestless, "test_signatures_travel"),
+    (Unlocated, "test_a_ref_says_where_it_was_read"),
+    (Unacking, "test_a_replayed_result_brings_nothing_back"),
     (Oblivious, "test_a_dead_writer_is_noticed_after_what_it_published"),
     (Panicking, "test_one_living_writer_is_enough"),
     (Generous, "test_a_living_holder_keeps_its_lease"),

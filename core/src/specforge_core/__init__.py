@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         StrategyConfig,
         TargetEngineConfig,
     )
+    from specforge_core.features.contents import VouchedStore
     from specforge_core.features.ref_codec import RefDecoder, RefEncoder
     from specforge_core.hooks.descriptors import (
         DemoTarget,
@@ -38,6 +39,7 @@ _PUBLIC = {
     "TargetEngineConfig": "config.sections",
     "RefDecoder": "features.ref_codec",
     "RefEncoder": "features.ref_codec",
+    "VouchedStore": "features.contents",
     "DemoTarget": "hooks.descriptors",
     "FeatureStoreSpec": "hooks.descriptors",
     "RefChannelSpec": "hooks.descriptors",
@@ -60,6 +62,7 @@ __all__ = [
     "StrategySpec",
     "TargetEngineConfig",
     "TargetEngineSpec",
+    "VouchedStore",
     "hookimpl",
 ]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,7 @@ class InFlightCount:
         for path in self._directory.glob(f"*{READER_SUFFIX}"):
             if path not in self._readers:
                 self._readers[path] = ReaderTail(path, timeout_seconds=self._timeout_seconds)
-        early = {ack for reader in self._readers.values() for ack in reader.read() if not self._ack(ack)}
+        early = Counter(ack for reader in self._readers.values() for ack in reader.read() if not self._ack(ack))
         for path in self._directory.glob(f"*{WRITER_SUFFIX}"):
             if path not in self._writers:
                 self._writers[path] = WriterTail(path, timeout_seconds=self._timeout_seconds)
@@ -40,10 +41,11 @@ class InFlightCount:
                     self._publish(ref, early)
         return InFlight(len(self._held), self._nbytes)
 
-    def _publish(self, ref: SampleRef, early: set[Ack]) -> None:
+    def _publish(self, ref: SampleRef, early: Counter[Ack]) -> None:
+        """:param early: acks of refs that are yet to be read; one that was published twice is acked twice."""
         ack = (ref.sample_id, ref.generation)
-        if ack in early:
-            early.remove(ack)
+        if early[ack]:
+            early[ack] -= 1
             return
         nbytes = ref.nbytes
         self._nbytes += nbytes - self._held.get(ref.sample_id, (0, 0))[1]

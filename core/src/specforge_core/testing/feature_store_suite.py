@@ -6,8 +6,8 @@
             context = PartContext(run_id="test", directory=directory, token=token)
             return MyStore(MyStoreConfig(name="mine", capacity_bytes=capacity_bytes), context)
 
-Stores whose bytes can be reached from outside also provide ``corrupt``; those that only the process that made them
-can reach say ``cross_process = False``.
+Stores whose bytes can be reached from outside also provide ``corrupt`` and ``substitute``; those that only the process
+that made them can reach say ``cross_process = False``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specforge_core import VouchedStore
 from specforge_core.contracts import (
     DTYPE_BYTES,
     LAST_HIDDEN_STATES,
@@ -48,6 +49,24 @@ class FeatureStoreSuite(StoreAccessSuite):
     def corrupt(self, directory: Path, ref: SampleRef, keep_bytes: int) -> None:
         """Cut what is stored for ``ref`` to ``keep_bytes``. Without it, torn reads are not tested."""
         pytest.skip("this store's bytes cannot be reached from outside")
+
+    def substitute(self, directory: Path, ref: SampleRef, other: Sample) -> None:
+        """Put ``other``'s tensors where ``ref``'s are, as somebody does who reaches the bytes: same names, shapes and
+        generation, every checksum of the store's own right. Without it, substituted bytes are not tested."""
+        pytest.skip("this store's bytes cannot be reached from outside")
+
+    def vouch(self, store: FeatureStore) -> FeatureStore:
+        """The store as a run with a token uses it; a negative control uses another."""
+        return VouchedStore(store)
+
+    def test_substituted_bytes_are_noticed_where_refs_are_signed(self, tmp_path: Path, store: FeatureStore) -> None:
+        vouched, other = self.vouch(store), make_sample(1)
+        fill(other.features["aux_hidden_states"], 2)
+        ref = vouched.put("p.e0", make_sample(1))
+        assert_same(vouched.get(ref), make_sample(1))
+        self.substitute(tmp_path / "store", ref, other)
+        with pytest.raises(FeatureCorrupt):
+            vouched.get(ref)
 
     def test_get_returns_what_was_put(self, store: FeatureStore) -> None:
         samples = [make_sample(number, num_tokens=3 + number) for number in range(4)]

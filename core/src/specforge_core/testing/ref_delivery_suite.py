@@ -43,12 +43,34 @@ class RefDeliverySuite(ChannelUnderTest):
         assert self.read_all(reader, len(refs)) == refs
 
     def test_signatures_travel(self, writer: RefWriter, reader: RefReader) -> None:
-        refs = [sign(make_ref(number), token="secret", run_id="run") for number in range(3)]
+        vouched = [dataclasses.replace(make_ref(number), digest=f"{number:064x}") for number in range(3)]
+        refs = [sign(ref, token="secret", run_id="run") for ref in vouched]
         writer.publish(refs)
         found = self.read_all(reader, 3)
         assert found == refs
         for ref in found:
             check_signature(ref, token="secret", run_id="run")
+
+    def test_a_ref_says_where_it_was_read(self, writer: RefWriter, reader: RefReader) -> None:
+        """Where others can write, whoever finds a forged ref must be told where it stands."""
+        if not self.cross_process:
+            pytest.skip("nobody else can write into this channel")
+        writer.publish([make_ref(0), make_ref(1)])
+        assert all("capture-0" in ref.origin for ref in self.read_all(reader, 2))
+
+    def test_a_replayed_result_brings_nothing_back(self, channel: RefChannel, writer: RefWriter) -> None:
+        """Somebody publishes a ref again that was signed, trained and acked: acked again, it is gone for good."""
+        reader, stranger = channel.reader(), channel.writer("stranger")
+        writer.publish([make_ref(0), make_ref(0, generation=2), make_ref(1)])
+        self.read_all(reader, 3)
+        reader.ack([make_ref(0).sample_id], 1)
+        stranger.publish([make_ref(0)])
+        assert self.read_all(reader, 1) == [make_ref(0)]
+        reader.ack([make_ref(0).sample_id], 1)
+        assert writer.in_flight() == InFlight(1, make_ref(1).nbytes)
+        assert list(writer.published()) == [make_ref(1)]
+        stranger.close()
+        reader.close()
 
     def test_max_refs_is_respected(self, writer: RefWriter, reader: RefReader) -> None:
         refs = [make_ref(number) for number in range(7)]
