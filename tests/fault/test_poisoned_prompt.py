@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prompt that the target cannot take: it fails, or kills its process, every time. The run goes on without it."""
+"""A prompt that the target cannot take: it fails, kills its process or hangs. The run goes on without it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.timeout(300)
 
 POISONED = "train-00007"
 ENGINE = """\
-import os, signal
+import os, signal, time
 from specforge_core import TargetEngineSpec, hookimpl
 from specforge_core.contracts import EngineCapabilities, TargetError
 from specforge_hf_target.config import HfTargetConfig
 
 
 class Config(HfTargetConfig):
-    deadly: bool = False
+    how: str = "raises"
 
 
 def make(config):
@@ -35,8 +35,10 @@ def make(config):
     class Engine(HfTargetEngine):
         def capture(self, prompts, request, epoch):
             if any(prompt.prompt_id == "POISONED" for prompt in prompts):
-                if config.deadly:
+                if config.how == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
+                while config.how == "hangs":  # a device that never answers; heartbeats go on
+                    time.sleep(1)
                 raise TargetError("this prompt is more than the target can take")
             return super().capture(prompts, request, epoch)
 
@@ -52,7 +54,7 @@ def specforge_target_engines():
 """
 
 
-def run(tiny_model: TinyModel, directory: Path, *, topology: str, deadly: bool) -> subprocess.CompletedProcess[str]:
+def run(tiny_model: TinyModel, directory: Path, *, topology: str, how: str) -> subprocess.CompletedProcess[str]:
     site = directory / "site"
     install(
         site,
@@ -62,9 +64,10 @@ def run(tiny_model: TinyModel, directory: Path, *, topology: str, deadly: bool) 
     )
     settings: dict[str, Any] = {
         "topology": topology,
-        "target": {"name": "poisonable", "deadly": deadly},
+        "target": {"name": "poisonable", "how": how},
         "training": {"epochs": 1},
         "capture": {"max_attempts": 1},
+        "loading": {"deadline_seconds": 24.0 if how == "hangs" else 120.0},
     }
     run_file = make_run_file(tiny_model, directory / "poisoned.yaml", **settings)
     return subprocess.run(
@@ -83,14 +86,19 @@ def trained(run_directory: Path) -> list[tuple[int, str, int]]:
         return [tuple(row) for row in rows]
 
 
-@pytest.mark.parametrize(("topology", "deadly"), [("offline", False), ("colocated", False), ("disaggregated", True)])
-def test_a_poisoned_prompt_is_set_aside(topology: str, deadly: bool, tiny_model: TinyModel, tmp_path: Path) -> None:
-    done = run(tiny_model, tmp_path, topology=topology, deadly=deadly)
+@pytest.mark.parametrize(
+    ("topology", "how"),
+    [("offline", "raises"), ("colocated", "raises"), ("disaggregated", "dies"), ("disaggregated", "hangs")],
+)
+def test_a_poisoned_prompt_is_set_aside(topology: str, how: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    done = run(tiny_model, tmp_path, topology=topology, how=how)
     assert done.returncode == 0, done.stderr
     rows = trained(tmp_path / "poisoned")
     assert len(rows) == 24  # a member of its window, not a hole in it
     assert [sample for _, sample, generation in rows if generation == 0] == [f"{POISONED}.e0"]
     logs = "".join(path.read_text() for path in tmp_path.glob("poisoned/logs/*.log"))
     assert f"sample {POISONED}.e0 is set aside" in done.stderr + logs
-    if deadly:
+    if how != "raises":
         assert "was killed by SIGKILL" in done.stderr
+    if how == "hangs":
+        assert "nothing moved for 12 s while a batch was captured" in logs

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: prompts in, features and refs out. ``loop`` is the stage; ``backpressure`` and ``verification`` serve it."""
+"""Stage 2: prompts in, features and refs out. ``loop`` is the stage; ``quiet`` and ``verification`` serve it."""

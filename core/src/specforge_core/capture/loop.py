@@ -15,14 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+from specforge_core.capture.quiet import Quiet
 from specforge_core.capture.verification import verify_batch
 from specforge_core.contracts import (
     CaptureBatch,
     CaptureRequest,
     ChannelError,
-    DeadlineExceeded,
     FeatureStore,
-    InFlight,
     Lease,
     LeaseDesk,
     PeerDied,
@@ -100,7 +99,14 @@ class CaptureLoop:
         self._progress = progress
         self._stop = stop
         self._set_aside_in_a_row = 0
+        self._moved: float | None = None
         self.counts = CaptureCounts()
+
+    @property
+    def stuck_seconds(self) -> float:
+        """How long nothing has moved while a batch is in this process's hands; 0 while there is none."""
+        moved = self._moved
+        return 0.0 if moved is None else time.monotonic() - moved
 
     def run(self, goes_on: Callable[[], bool]) -> CaptureCounts:
         """Capture until there is no lease to be had and ``goes_on`` says that there will be none.
@@ -111,7 +117,7 @@ class CaptureLoop:
         :raises DeadlineExceeded: nobody wanted anything for too long.
         :raises RunStopped: a stop was requested; what was leased is given back.
         """
-        began, quiet = time.monotonic(), _Quiet(self._limits.deadline_seconds)
+        began, quiet = time.monotonic(), Quiet(self._limits.deadline_seconds)
         while True:
             self._stop.raise_if_requested()
             asked = time.monotonic()
@@ -124,7 +130,9 @@ class CaptureLoop:
                 self._stop.wait(asked + _TICK_SECONDS - time.monotonic())  # an ended desk does not wait
                 continue
             self._progress.waiting(None)
+            self._moved = time.monotonic()
             self._work_off(lease)
+            self._moved = None
             quiet.renew()
             self.counts.seconds = time.monotonic() - began
             busy = max(self.counts.seconds - self.counts.waited_seconds, 1e-9)
@@ -225,6 +233,7 @@ class CaptureLoop:
         verified = verify_batch(samples, prompts, request=parts.request, hidden_size=hidden_size, epoch=batch.epoch)
         try:
             for offset, sample in enumerate(verified):
+                self._moved = time.monotonic()
                 if offset in wanted:
                     key = _sample_id(batch, prompts[offset])
                     refs.append(self._when_there_is_room(partial(parts.store.put, key, sample)))
@@ -242,6 +251,7 @@ class CaptureLoop:
             except StoreFull as error:
                 if time.monotonic() >= until:
                     raise
+                self._moved = time.monotonic()
                 self._progress.waiting(f"room in the store: {error.message}")
                 with suppress(PeerDied):
                     self._parts.writer.in_flight()  # raises where training has failed meanwhile
@@ -260,41 +270,3 @@ def _alone(batch: CaptureBatch, offset: int) -> CaptureBatch:
 
 def _sample_id(batch: CaptureBatch, prompt: Prompt) -> str:
     return sample_id(prompt.prompt_id, batch.epoch) if batch.split == "train" else held_out_sample_id(prompt.prompt_id)
-
-
-class _Quiet:
-    """How long nothing has moved while this process waits for a lease."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._seen: InFlight | None = None
-        self._died: PeerDied | None = None
-        self.renew()
-
-    def renew(self) -> None:
-        self._since = time.monotonic()
-
-    def describe(self, writer: RefWriter) -> str:
-        """What is being waited for.
-
-        :raises ChannelFailed: training failed.
-        :raises DeadlineExceeded: it has been waited for too long.
-        """
-        try:
-            seen, self._died = writer.in_flight(), None
-        except PeerDied as error:  # it may be started again
-            seen, self._died = None, error
-        if seen != self._seen:
-            self._seen = seen
-            self.renew()
-        waited = time.monotonic() - self._since
-        if waited > self._seconds:
-            raise DeadlineExceeded(
-                f"nobody wanted anything captured for {waited:.0f} s"
-                + (f": {self._died.message}" if self._died else ""),
-                where="capture",
-                hint="see what the train role is doing; loading.deadline_seconds is how long it may take",
-            )
-        if seen is None:
-            return "the train role to be started again"
-        return f"training to want more: {seen.refs} samples in flight, {seen.nbytes / 2**20:.1f} MiB"

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -30,6 +30,7 @@ from specforge_core.loading.demand import Demand
 from specforge_core.run.assemble import Run
 from specforge_core.run.feature_manifest import check_features, record_features
 from specforge_core.run.machine import check_device
+from specforge_core.run.watchdog import ending_when_stuck
 from specforge_core.run.wires import process_name
 from specforge_core.training.observers import Outcome
 
@@ -192,8 +193,18 @@ def _capture_what_is_wanted(run: Run) -> CaptureCounts:
             return ended is None or not ended.startswith(_FINISHED) or time.monotonic() < until
 
         run.progress("capture").begin("capturing what training wants", None)
-        half.loop.run(goes_on)
+        with _never_stuck(run, half.loop):
+            half.loop.run(goes_on)
     return half.loop.counts
+
+
+def _never_stuck(run: Run, loop: CaptureLoop) -> AbstractContextManager[None]:
+    """In a process of its own, capture that stands still ends before training gives up; beside training, training
+    does."""
+    if not run.plan.ref_channel.capabilities.cross_process:
+        return nullcontext()
+    limit = run.plan.config.loading.deadline_seconds / 2
+    return ending_when_stuck(lambda: loop.stuck_seconds, limit_seconds=limit)
 
 
 @dataclass(frozen=True, slots=True)
