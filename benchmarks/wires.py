@@ -169,12 +169,54 @@ def show_residents(found: Mapping[str, Times]) -> list[str]:
     ]
 
 
+def vouched_side(directory: Path, mode: str) -> Step:
+    """With a token, the store's bytes are signed with their refs. The digest alone, and a copy of the same bytes."""
+    from specforge_core import VouchedStore
+    from specforge_core.contracts import Sample
+    from specforge_core.features.contents import digest_features
+
+    store, sample = VouchedStore(open_store(directory)), Sample("p", 0, make_features(mode))
+    number = 0
+
+    def step() -> dict[str, float]:
+        nonlocal number
+        number += 1
+        refs = []
+        seconds = {
+            "put": timed(lambda: refs.append(store.put(f"p{number}.e0", sample))),
+            "get": timed(lambda: store.get(refs[0])),
+            "digest": timed(lambda: digest_features(sample.features)),
+            "copy": timed(lambda: {name: tensor.clone() for name, tensor in sample.features.items()}),
+        }
+        store.delete(refs[0])
+        return seconds
+
+    return step
+
+
+def show_vouched(found: Mapping[str, Times]) -> list[str]:
+    vouched, plain = found["signed bytes"], found["unsigned bytes"]
+    both = vouched["put"] + vouched["get"]
+    return [
+        _parts(found),
+        f"put + get, signed / unsigned: {both / (plain['put'] + plain['get']):.2f}; "
+        f"the digests' share of it: {2 * vouched['digest'] / both:.2f}",
+        f"digest / copy of the same bytes in memory: {vouched['digest'] / vouched['copy']:.2f}",
+    ]
+
+
 SECTIONS: dict[str, Section] = {
     "file-store": Section(
         "one sample put into the file store and got, against safetensors' save and load of the same tensors",
         tuple(TOKENS),
         {"file store": file_store_side, "safetensors": safetensors_side},
         show_file_store,
+    ),
+    "signed-bytes": Section(
+        "one sample put into the file store and got, with its bytes signed and without",
+        tuple(TOKENS),
+        {"signed bytes": vouched_side, "unsigned bytes": file_store_side},
+        show_vouched,
     ),
     "residents": Section(
         "a small sample put into a file store that holds others",
@@ -202,7 +244,7 @@ REPORTS: dict[str, Callable[[Path, int], list[str]]] = {
     "redis-channel": report_redis_channel,
     "mooncake-store": report_mooncake,
 }
-ON_DISK_OR_NOT = ("file-store", "residents", "file-channel")
+ON_DISK_OR_NOT = ("file-store", "signed-bytes", "residents", "file-channel")
 
 
 def _parts(found: Mapping[str, Times]) -> str:

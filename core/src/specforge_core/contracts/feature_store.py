@@ -29,7 +29,7 @@ class Usage:
 
 
 class FeatureStore(ABC):
-    """Holds samples' tensors until they are deleted. Never evicts, never pickles.
+    """Holds samples' tensors until they are deleted. Never evicts; what it reads is data.
 
     Safe to use from several threads; where ``cross_process`` is declared, from several processes.
     """
