@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.set-up
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup services demo compare test chaos load test-server lint bench clean
+.PHONY: help setup services demo compare test chaos fuzz load test-server lint bench clean
 
 help:
 	@echo "make setup   everything of this repository, editable, into $(VENV)"
@@ -15,6 +15,7 @@ help:
 	@echo "make compare train and bench every strategy on the demo target, side by side"
 	@echo "make test    set up, start the servers the tests need, run every test"
 	@echo "make chaos   200 faults, seeded, against runs over files and over Mooncake and Redis (SEED=7 FAULTS=200)"
+	@echo "make fuzz    files of every kind, changed in every way, read for SECONDS=120 each (SEED=7)"
 	@echo "make load    20,000 samples through 4 capture processes, with backpressure on"
 	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 8 minutes)"
 	@echo "make lint    ruff and mypy"
@@ -58,6 +59,10 @@ SEED   ?= 7
 FAULTS ?= 200
 chaos: setup services
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --faults $(FAULTS) --seed $(SEED)
+
+SECONDS ?= 120
+fuzz: setup
+	$(BIN)/python -m pytest tests/fuzz -n 2 --timeout 0 --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED)
 
 load: setup services
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load_run.py

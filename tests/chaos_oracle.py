@@ -49,7 +49,7 @@ def result_of(run: Path) -> Result:
     """The last checkpoint's tensors (draft and optimizer) and every step's loss."""
     name = (run / "checkpoints" / "latest").read_text().strip()
     digest = hashlib.sha256(name.encode())
-    for path in sorted((run / "checkpoints" / name / "tensors").rglob("*.distcp")):
+    for path in sorted((run / "checkpoints" / name / "tensors").rglob("*.safetensors")):
         digest.update(path.read_bytes())
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, len(steps) + 1)), "metrics.jsonl has gaps or repeats"

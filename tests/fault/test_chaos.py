@@ -63,7 +63,7 @@ def test_the_oracle_rejects_other_weights(campaign: Campaign, tmp_path: Path) ->
     reference = campaign.reference()
     run = shutil.copytree(campaign.root / "undisturbed" / "run", tmp_path / "run")
     latest = (run / "checkpoints" / "latest").read_text().strip()
-    path = min((run / "checkpoints" / latest / "tensors").rglob("*.distcp"))
+    path = min((run / "checkpoints" / latest / "tensors").rglob("*.safetensors"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

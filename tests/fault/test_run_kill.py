@@ -26,7 +26,7 @@ def final_weights(run: Path) -> str:
     assert latest is not None
     assert latest.name == "step-00000012"
     digest = hashlib.sha256()
-    for path in sorted((latest / "tensors").rglob("*.distcp")):
+    for path in sorted((latest / "tensors").rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

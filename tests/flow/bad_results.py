@@ -237,17 +237,17 @@ TABLE = [
     ),
     BadInput(
         "checkpoint cut short",
-        _finished(lambda w: cut(_step_file("tensors/*.distcp")(w)), "train", "run.yaml"),
+        _finished(lambda w: cut(_step_file("tensors/*.safetensors")(w)), "train", "run.yaml"),
         ("step-00000003/tensors/", "damaged", "remove its step directory"),
     ),
     BadInput(
         "checkpoint file missing",
-        _finished(lambda w: _step_file("tensors/*.distcp")(w).unlink(), "bench", RUN),
+        _finished(lambda w: _step_file("tensors/*.safetensors")(w).unlink(), "bench", RUN),
         ("step-00000003/tensors/", "damaged: the file is missing", "remove its step directory"),
     ),
     BadInput(
         "checkpoint altered",
-        _finished(lambda w: overwrite(_step_file("tensors/*.distcp")(w), 3000, b"ABCDEFGH"), "eval", RUN),
+        _finished(lambda w: overwrite(_step_file("tensors/*.safetensors")(w), 3000, b"ABCDEFGH"), "eval", RUN),
         ("step-00000003/tensors/", "damaged: its bytes are not", "remove its step directory"),
     ),
     BadInput(

@@ -48,7 +48,7 @@ def works(arguments: Sequence[str]) -> None:
 
 
 def weights(root: Path) -> bytes:
-    return min((root / "checkpoints" / "step-00000003" / "tensors").glob("*.distcp")).read_bytes()
+    return min((root / "checkpoints" / "step-00000003" / "tensors").glob("*.safetensors")).read_bytes()
 
 
 def whole_checkpoints(root: Path) -> list[str]:

@@ -23,7 +23,7 @@ TOKEN = "a secret of at least sixteen characters"
 def last_checkpoint(run: Path) -> dict[str, str]:
     """Digests of the tensor files of the last checkpoint."""
     tensors = sorted(run.glob("checkpoints/step-*"))[-1] / "tensors"
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(tensors.glob("*.distcp"))}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(tensors.glob("*.safetensors"))}
 
 
 def dealt(run: Path) -> list[tuple[int, str]]:

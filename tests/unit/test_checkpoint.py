@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-import os
-import pickle
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from specforge_core.checkpoint.manifest import write_manifest
 from specforge_core.checkpoint.provenance import find_differences
 from specforge_core.checkpoint.resume import CheckpointReader, find_latest, load_draft
+from specforge_core.checkpoint.tensor_files import read_tensors, write_tensors
 from specforge_core.checkpoint.writer import CheckpointWriter
 from specforge_core.contracts import CheckpointError
 from torch import nn
@@ -117,9 +119,10 @@ def test_what_may_differ_between_a_run_and_its_checkpoint(key: str, same: bool) 
     assert (find_differences(nested(1), nested(2)) == []) is same
 
 
-@pytest.mark.parametrize(
-    "name", ["tensors/__0_0.distcp", "tensors/.metadata", "progress.json", "provenance.json", "manifest.json"]
-)
+SHARD, INDEX = "tensors/shard-00000.safetensors", "tensors/index.json"
+
+
+@pytest.mark.parametrize("name", [SHARD, INDEX, "progress.json", "provenance.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = _write(tmp_path, 1) / name
@@ -136,18 +139,186 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
             attempt()
 
 
-def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    from specforge_core.checkpoint.tensor_files import read_tensors
+def _remade(step: Path) -> None:
+    """The manifest of somebody who made the checkpoint: it vouches for what he put there."""
+    (step / "manifest.json").unlink()
+    write_manifest(step)
 
-    class Evil:
-        def __reduce__(self) -> tuple[object, ...]:
-            return os.mkdir, (str(tmp_path / "owned"),)
 
-    path = _write(tmp_path, 1)
-    (path / "tensors" / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match="does not belong"):
-        read_tensors(path / "tensors", _tensors(_draft()), prefixes=("draft.",))
-    assert not (tmp_path / "owned").exists()
+def _refused(directory: Path, match: str) -> None:
+    for attempt in (
+        lambda: load_draft(directory, _draft()),
+        lambda: CheckpointReader(directory, PROVENANCE).resume(_tensors(_draft())),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            attempt()
+
+
+def test_an_earlier_versions_checkpoint_is_refused_unread(tmp_path: Path) -> None:
+    step = _write(tmp_path, 1)
+    (step / "manifest.json").write_text('{"format": 1, "files": {}}')
+    _refused(tmp_path, "earlier version.*train anew")
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    step = _write(tmp_path, 1)
+    (step / "tensors" / "shard-00001.safetensors").write_bytes(b"x")
+    _refused(tmp_path, r"shard-00001\.safetensors: .*does not list this file")
+
+
+@pytest.mark.parametrize("name", [SHARD, "progress.json", "provenance.json"])
+def test_a_manifest_that_leaves_a_file_out_is_refused(tmp_path: Path, name: str) -> None:
+    step = _write(tmp_path, 1)
+    manifest = json.loads((step / "manifest.json").read_text())
+    del manifest["files"][name]
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    _refused(tmp_path, "does not list")
+
+
+@pytest.mark.parametrize("name", ["../../mine", "/etc/hostname", "tensors/../../../mine", "", "x" * 10_000])
+def test_a_manifest_names_nothing_outside(tmp_path: Path, name: str) -> None:
+    (tmp_path / "mine").write_text("mine")
+    step = _write(tmp_path / "checkpoints", 1)
+    manifest = json.loads((step / "manifest.json").read_text())
+    manifest["files"][name] = {"bytes": 4, "blake2b": "0" * 32}
+    (step / "manifest.json").write_text(json.dumps(manifest))
+    _refused(tmp_path / "checkpoints", "the file is missing")
+
+
+@pytest.mark.parametrize("name", ["tensors/index.json", "progress.json", "extra", "tensors"])
+def test_a_link_in_a_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+    step = _write(tmp_path / "checkpoints", 1)
+    if (step / name).exists():
+        (step / name).rename(tmp_path / "elsewhere")
+    (step / name).symlink_to(tmp_path / "elsewhere")
+    _refused(tmp_path / "checkpoints", "a link, perhaps")
+
+
+def test_a_link_to_a_checkpoint_is_refused_and_never_cleared_through(tmp_path: Path) -> None:
+    mine = _write(tmp_path / "mine", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-00000009").symlink_to(mine)
+    (tmp_path / "run" / ".trash-step-00000008-1").symlink_to(tmp_path / "mine")
+    _refused(tmp_path / "run", "this checkpoint is a link")
+    (tmp_path / "run" / "step-00000009").unlink()
+    _write(tmp_path / "run", 2)
+    assert not (tmp_path / "run" / ".trash-step-00000008-1").is_symlink()
+    assert load_draft(mine, _draft()) == 1
+
+
+@pytest.mark.parametrize("content", [b"../mine", b"/etc/passwd", b"step-00000099", b""])
+def test_a_pointer_to_nothing_of_ours_leads_to_the_latest(tmp_path: Path, content: bytes) -> None:
+    _write(tmp_path, 1, score=1.0)
+    (tmp_path / "best").write_bytes(content)
+    assert load_draft(tmp_path, _draft(), which="best") == 1
+
+
+@pytest.mark.parametrize("content", [b"x" * 10_000, b"\xff"])
+def test_a_damaged_pointer_is_refused(tmp_path: Path, content: bytes) -> None:
+    _write(tmp_path, 1, score=1.0)
+    (tmp_path / "best").write_bytes(content)
+    with pytest.raises(CheckpointError, match="pointer is damaged"):
+        load_draft(tmp_path, _draft(), which="best")
+
+
+RECORDS = {
+    "step of another": {"step": 2},
+    "step is true": {"step": True},
+    "step is a word": {"step": "1"},
+    "no epoch": {"epoch": None},
+    "epoch below zero": {"epoch": -1},
+    "score is a word": {"score": "high"},
+    "score is no number": {"score": float("nan")},
+    "score is a list": {"score": [1]},
+}
+
+
+@pytest.mark.parametrize("record", list(RECORDS))
+def test_a_record_of_something_else_is_refused(tmp_path: Path, record: str) -> None:
+    step = _write(tmp_path, 1)
+    progress = json.loads((step / "progress.json").read_text()) | RECORDS[record]
+    (step / "progress.json").write_text(json.dumps(progress))
+    _remade(step)
+    _refused(tmp_path, r"progress\.json: this checkpoint is damaged: (step|epoch|score) is ")
+
+
+def test_a_score_that_is_no_number_counts_as_none(tmp_path: Path) -> None:
+    _write(tmp_path, 1, score=float("nan"))
+    assert not (tmp_path / "best").exists()
+    assert load_draft(tmp_path, _draft()) == 1
+
+
+def _index(chunks: list[dict[str, object]], **changes: object) -> dict[str, object]:
+    tensor = {"dtype": "float32", "shape": [2, 3], "chunks": chunks, **changes}
+    return {"format": 1, "tensors": {"draft.weight": tensor}}
+
+
+def _chunk(row: int, rows: int, number: int, **changes: object) -> dict[str, object]:
+    return {"shard": f"shard-{number:05d}.safetensors", "at": [row, 0], "shape": [rows, 3], **changes}
+
+
+def _sharded(directory: Path, index: object) -> None:
+    directory.mkdir()
+    for row in range(2):
+        save_file({"draft.weight": torch.full((1, 3), float(row))}, directory / f"shard-{row:05d}.safetensors")
+    (directory / "index.json").write_text(json.dumps(index))
+
+
+def test_chunks_of_several_ranks_are_put_together(tmp_path: Path) -> None:
+    _sharded(tmp_path / "tensors", _index([_chunk(1, 1, 1), _chunk(0, 1, 0)]))
+    found = {"draft.weight": torch.zeros(2, 3)}
+    read_tensors(tmp_path / "tensors", found, prefixes=("draft.",))
+    assert found["draft.weight"].tolist() == [[0.0] * 3, [1.0] * 3]
+
+
+HOSTILE = {
+    "a hole": _index([_chunk(0, 1, 0)]),
+    "an overlap": _index([_chunk(0, 1, 0), _chunk(0, 1, 1)]),
+    "outside": _index([_chunk(0, 1, 0), _chunk(2, 1, 1)]),
+    "another rank": _index([_chunk(0, 1, 0), _chunk(1, 1, 1, at=[1], shape=[3])]),
+    "negative": _index([_chunk(0, 3, 0), _chunk(1, 1, 1, shape=[-1, 3])]),
+    "another shape than the shard's": _index([_chunk(0, 2, 0)]),
+    "another dtype": _index([_chunk(0, 1, 0), _chunk(1, 1, 1)], dtype="int64"),
+    "a shard elsewhere": _index([_chunk(0, 1, 0), _chunk(1, 1, 1, shard="../shard-00001.safetensors")]),
+    "a shard that is not there": _index([_chunk(0, 1, 0), _chunk(1, 1, 7)]),
+    "chunks are a word": _index("x"),  # type: ignore[arg-type]
+    "no tensors": {"format": 1},
+    "tensors are a list": {"format": 1, "tensors": []},
+    "another format": {"format": 2, "tensors": {}},
+    "a list": [],
+}
+
+
+@pytest.mark.parametrize("case", list(HOSTILE))
+def test_an_index_that_is_wrong_is_refused(tmp_path: Path, case: str) -> None:
+    _sharded(tmp_path / "tensors", HOSTILE[case])
+    with pytest.raises(CheckpointError, match="this checkpoint is damaged"):
+        read_tensors(tmp_path / "tensors", {"draft.weight": torch.zeros(2, 3)}, prefixes=("draft.",))
+
+
+def test_sizes_that_no_machine_has_are_refused_before_anything_is_taken(tmp_path: Path) -> None:
+    _sharded(tmp_path / "tensors", _index([_chunk(0, 10**15, 0)], shape=[10**15, 3]))
+    with pytest.raises(CheckpointError, match="of another draft"):
+        read_tensors(tmp_path / "tensors", {"draft.weight": torch.zeros(2, 3)}, prefixes=("draft.",))
+
+
+def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    tensors = {
+        "draft.scalar": torch.tensor(3, dtype=torch.int64),
+        "draft.empty": torch.zeros(0, 4),
+        "draft.mask": torch.tensor([True, False]),
+        "draft.bf16": torch.tensor([1.5, float("nan")], dtype=torch.bfloat16),
+        "draft.strided": torch.arange(12.0).reshape(3, 4).T,
+        "draft.tied": shared,
+        "draft.tied too": shared,
+        "draft.part of it": shared[2:4],
+    }
+    write_tensors(tmp_path / "tensors", tensors)
+    found = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    read_tensors(tmp_path / "tensors", found, prefixes=("draft.",))
+    for name, tensor in tensors.items():
+        assert found[name].contiguous().view(-1).tolist() == pytest.approx(tensor.reshape(-1).tolist(), nan_ok=True)
 
 
 def test_another_drafts_checkpoint_is_refused(tmp_path: Path) -> None:

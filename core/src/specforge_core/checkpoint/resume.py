@@ -61,7 +61,7 @@ class CheckpointReader:
                 hint="undo these changes, or choose another run.directory for a new run",
             )
         read_tensors(latest / layout.TENSORS, tensors, prefixes=(DRAFT, OPTIMIZER))
-        return layout.read_json(latest / layout.PROGRESS)
+        return layout.read_progress(latest)
 
 
 def load_draft(directory: Path, draft: nn.Module, *, which: Literal["latest", "best"] = "latest") -> int:
@@ -75,12 +75,12 @@ def load_draft(directory: Path, draft: nn.Module, *, which: Literal["latest", "b
     check_manifest(path)
     into = {f"{DRAFT}{name}": tensor for name, tensor in draft.state_dict().items()}
     read_tensors(path / layout.TENSORS, into, prefixes=(DRAFT,))
-    return int(layout.read_json(path / layout.PROGRESS)["step"])
+    return int(layout.read_progress(path)["step"])
 
 
 def _chosen(directory: Path, which: Literal["latest", "best"]) -> Path:
     if layout.step_of(directory) is not None and directory.is_dir():
-        return directory
+        return directory.resolve()
     best = layout.find_best(directory) if which == "best" else None
     path = best or find_latest(directory)
     if path is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -44,9 +45,10 @@ class CheckpointWriter:
 
         :param tensors: what training continues from, by name.
         :param progress: where training stands (JSON values).
-        :param score: higher is better; None where this step was not evaluated.
+        :param score: higher is better; None where this step was not evaluated. One that is no number counts as none.
         :raises CheckpointError: it cannot be written; earlier checkpoints are untouched.
         """
+        score = score if score is not None and math.isfinite(score) else None
         aside = self.directory / f"{layout.PARTIAL}{step:08d}-{os.getpid()}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -80,7 +82,7 @@ class CheckpointWriter:
     def _point(self, path: Path, score: float | None) -> None:
         layout.write_pointer(self.directory / layout.LATEST, path.name)
         best = layout.find_best(self.directory)
-        best_score = None if best is None else layout.read_json(best / layout.PROGRESS).get("score")
+        best_score = None if best is None else layout.read_progress(best)["score"]
         if score is not None and (best_score is None or score > best_score):
             layout.write_pointer(self.directory / layout.BEST, path.name)
 
@@ -106,19 +108,19 @@ class CheckpointWriter:
 
 
 def _remove(path: Path) -> None:
-    """Remove a directory if it can be removed; cleaning up never ends a run."""
-    if not path.exists():
+    """Remove a directory if it can be removed; cleaning up never ends a run. Of a link, the link alone goes."""
+    if not os.path.lexists(path):
         return
     try:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
     except OSError as error:
         _log.warning("%s cannot be removed: %s", path, error)
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause, in one line: torch wraps what the file system said."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
+    """In one line."""
     text = str(error) or type(error).__name__
     return text.splitlines()[0]

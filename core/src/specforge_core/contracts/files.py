@@ -10,6 +10,7 @@ do in an error of its own.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts.errors import SpecForgeError
+
+MAX_JSON_DEPTH = 100
+"""Lists and objects inside each other: no file of ours has ten, and code that walks a value calls itself as deep."""
 
 MAX_JSON_BYTES = 64 << 20
 """The longest JSON document that is read: the index of a checkpoint of a hundred thousand tensors has some 20 MB."""
@@ -79,9 +83,16 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
 def parse_json(text: bytes | str) -> Any:
     """:raises ValueError: not JSON, not UTF-8, or nested too deeply."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        nested = [item for item in level if isinstance(item, dict | list)]
+        if not nested:
+            return value
+        level = [child for item in nested for child in (item.values() if isinstance(item, dict) else item)]
+    raise ValueError("nested too deeply")
 
 
 def read_json_object(
@@ -101,6 +112,16 @@ def read_json_object(
     if not isinstance(value, dict):
         raise refuse("it is not a JSON object")
     return value
+
+
+def describe_file(path: Path) -> dict[str, int | str]:
+    """Size and BLAKE2b digest of a regular file, as manifests list them.
+
+    :raises OSError: it cannot be read; see ``open_regular``.
+    """
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return {"bytes": os.fstat(file.fileno()).st_size, "blake2b": digest}
 
 
 def replace_file(path: Path, content: bytes) -> None:
