@@ -4,7 +4,7 @@
 It stands beside the loader of rank 0, its only writer. A deal is recorded *before* its window is handed out and
 ``trained`` at the optimizer boundary, so after a kill at any moment it says which samples the checkpoint covers, which
 features still wait, and that no sample was lost or trained twice. One SQLite file in the run directory, on a local
-disk (its write-ahead log is shared memory and does not work between machines).
+disk (its write-ahead log is shared memory and does not work between machines). ``ledger_file`` opens and checks it.
 """
 
 from __future__ import annotations
@@ -16,39 +16,33 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from specforge_core.contracts import ConfigError, DataError, SampleRef, SpecForgeError
+from specforge_core.contracts import SampleRef
+from specforge_core.contracts.files import parse_json
+from specforge_core.features.ledger_file import (
+    check_ledger,
+    checksum,
+    create_ledger,
+    damaged_ledger,
+    refusals,
+    refuse_planted,
+)
 from specforge_core.features.ref_codec import RefDecoder, RefEncoder
 
-_APPLICATION_ID = 0x53464C31  # "SFL1", in the file's header
-_FORMAT = 1
 _LOCK_SECONDS = 5.0
 _COMPACT = (",", ":")
 _PAGE_OF_DEALS = 1000
 
-# A sample's features are *live* until they are freed. Finished runs have millions of samples and few live ones, so
-# whatever asks for live ones goes through an index that holds no others.
-_SCHEMA = (
-    "CREATE TABLE run (run_id TEXT NOT NULL)",
-    "CREATE TABLE layouts (number INTEGER PRIMARY KEY, layout TEXT NOT NULL)",
-    """CREATE TABLE samples (
-        place INTEGER PRIMARY KEY, sample_id TEXT NOT NULL UNIQUE, generation INTEGER NOT NULL, ref TEXT NOT NULL,
-        freed INTEGER NOT NULL DEFAULT 0)""",
-    "CREATE INDEX live_samples ON samples (freed) WHERE freed = 0",
-    """CREATE TABLE deals (
-        step INTEGER NOT NULL, place INTEGER NOT NULL, sample_id TEXT NOT NULL, generation INTEGER NOT NULL,
-        trained INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (step, place)) WITHOUT ROWID""",
-    "CREATE INDEX deals_of_sample ON deals (sample_id, step)",
-    f"PRAGMA application_id = {_APPLICATION_ID}",
-    f"PRAGMA user_version = {_FORMAT}",
-)
-
-_SEE = """INSERT INTO samples (sample_id, generation, ref) VALUES (?, ?, ?) ON CONFLICT (sample_id) DO UPDATE
-    SET generation = excluded.generation, ref = excluded.ref, freed = 0
+_SEE = """INSERT INTO samples (sample_id, generation, ref, checksum) VALUES (?, ?, ?, ?)
+    ON CONFLICT (sample_id) DO UPDATE
+    SET generation = excluded.generation, ref = excluded.ref, freed = 0, checksum = excluded.checksum
     WHERE excluded.generation > samples.generation"""
 _FIND = """SELECT samples.ref, samples.freed, deals.step, deals.trained FROM samples LEFT JOIN deals
     ON deals.sample_id = samples.sample_id WHERE samples.sample_id = ? ORDER BY deals.step DESC LIMIT 1"""
-_DEAL = """INSERT INTO deals (step, place, sample_id, generation)
-    VALUES (?1, ?2, ?3, coalesce((SELECT generation FROM samples WHERE sample_id = ?3), 0))"""
+_DEAL = """INSERT INTO deals (step, place, sample_id, generation, checksum)
+    SELECT ?1, ?2, ?3, known, checksum(?1, ?2, ?3, known, 0)
+    FROM (SELECT coalesce((SELECT generation FROM samples WHERE sample_id = ?3), 0) AS known)"""
+_TRAINED = "UPDATE deals SET trained = 1, checksum = checksum(step, place, sample_id, generation, 1)"
+_FREED = "UPDATE samples SET freed = 1, checksum = checksum(sample_id, generation, ref, 1) WHERE sample_id = ?"
 _AVAILABLE = """SELECT ref FROM samples WHERE freed = 0
     AND NOT EXISTS (SELECT 1 FROM deals WHERE deals.sample_id = samples.sample_id) ORDER BY place"""
 _COVERED = """SELECT ref FROM samples WHERE freed = 0
@@ -82,50 +76,35 @@ class Ledger:
 
     def __init__(self, path: Path, *, run_id: str) -> None:
         self._path = path
-        with _refusals(path):
+        with refusals(path):
+            refuse_planted(path)
             self._db = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
-        with _refusals(path), ExitStack() as opened:
+        with refusals(path), ExitStack() as opened:
             opened.callback(self._db.close)
             self._open(run_id)
             opened.pop_all()
 
     def _open(self, run_id: str) -> None:
-        is_new = not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if not is_new:
-            self._check_owner(run_id)
-        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.create_function("checksum", -1, checksum, deterministic=True)
+        if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            check_ledger(self._db, self._path, run_id=run_id)
+            self._db.execute("PRAGMA journal_mode = WAL")
+        else:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            create_ledger(self._db, run_id=run_id)
         self._db.execute("PRAGMA synchronous = FULL")
-        if is_new:
-            with self._db:
-                for statement in ("BEGIN IMMEDIATE", *_SCHEMA):
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO run VALUES (?)", (run_id,))
         self._decoder = RefDecoder()
         for (layout,) in self._db.execute("SELECT layout FROM layouts ORDER BY number"):
-            self._decoder.add_layout(json.loads(layout))
+            try:
+                self._decoder.add_layout(parse_json(layout))
+            except ValueError as error:
+                raise damaged_ledger(self._path, str(error)) from error
         self._encoder = RefEncoder(self._decoder.layouts)
-
-    def _check_owner(self, run_id: str) -> None:
-        found = [self._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
-        if found != [_APPLICATION_ID, _FORMAT]:
-            raise ConfigError(
-                f"this is no ledger of format {_FORMAT}, which this version keeps",
-                where=str(self._path),
-                hint="go on with the version of specforge that began the run, or choose another run.directory",
-            )
-        if (owner := self._db.execute("SELECT run_id FROM run").fetchone()[0]) != run_id:
-            raise ConfigError(
-                f"this ledger belongs to run {owner!r}, not to {run_id!r}",
-                where=str(self._path),
-                hint="choose another run.directory, or set run.id back to resume that run",
-            )
-        if (fault := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise _damaged(self._path, fault)
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All that is executed inside becomes durable at its end, or none of it."""
-        with _refusals(self._path), self._db:
+        with refusals(self._path), self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield
 
@@ -140,10 +119,11 @@ class Ledger:
         for ref in refs:
             layout, record = encoder.encode(ref)
             layouts += [json.dumps(layout, separators=_COMPACT, ensure_ascii=False)] if layout is not None else []
-            rows.append((ref.sample_id, ref.generation, json.dumps(record, separators=_COMPACT, ensure_ascii=False)))
-        first = len(self._decoder.layouts)
+            text = json.dumps(record, separators=_COMPACT, ensure_ascii=False)
+            rows.append((ref.sample_id, ref.generation, text, checksum(ref.sample_id, ref.generation, text, 0)))
+        numbered = list(enumerate(layouts, start=len(self._decoder.layouts)))
         with self._transaction():
-            self._db.executemany("INSERT INTO layouts VALUES (?, ?)", enumerate(layouts, start=first))
+            self._db.executemany("INSERT INTO layouts VALUES (?1, ?2, checksum(?1, ?2))", numbered)
             self._db.executemany(_SEE, rows)
         self._encoder = encoder
         for text in layouts:
@@ -152,7 +132,7 @@ class Ledger:
     def find(self, sample_ids: Sequence[str]) -> dict[str, LedgerEntry]:
         """What is known of these samples; those never seen, or lost and not seen since, are left out."""
         entries = {}
-        with _refusals(self._path):
+        with refusals(self._path):
             for sample_id in sample_ids:
                 for ref, freed, window, trained in self._db.execute(_FIND, (sample_id,)):
                     entries[sample_id] = LedgerEntry(self._decode(ref), window, bool(trained), bool(freed))
@@ -179,14 +159,14 @@ class Ledger:
         :raises ValueError: it was never dealt.
         """
         with self._transaction():
-            if not self._db.execute("UPDATE deals SET trained = 1 WHERE step = ?", (window,)).rowcount:
+            if not self._db.execute(f"{_TRAINED} WHERE step = ?", (window,)).rowcount:
                 raise ValueError(f"window {window} was trained but never dealt")
 
     def rewind(self, step: int) -> None:
         """The run goes on after ``step`` finished windows, all trained, recorded or not: later deals are undone."""
         with self._transaction():
             self._db.execute("DELETE FROM deals WHERE step >= ?", (step,))
-            self._db.execute("UPDATE deals SET trained = 1 WHERE step = ? - 1 AND step >= 0", (step,))
+            self._db.execute(f"{_TRAINED} WHERE step = ? - 1 AND step >= 0", (step,))
 
     def available(self) -> list[SampleRef]:
         """Refs dealt to no window and not freed, in the order they came: what need not be captured again."""
@@ -199,7 +179,7 @@ class Ledger:
 
     def freed(self, sample_ids: Sequence[str]) -> None:
         """Their features were deleted."""
-        self._for_each("UPDATE samples SET freed = 1 WHERE sample_id = ?", sample_ids)
+        self._for_each(_FREED, sample_ids)
 
     def lost(self, sample_ids: Sequence[str]) -> None:
         """Their features are gone though they are wanted: forget the refs, so that whatever is published next counts,
@@ -210,7 +190,7 @@ class Ledger:
         """(window, sample id, its generation when dealt, trained), in the order of windows and of places in them."""
         after = (-1, -1)
         while True:
-            with _refusals(self._path):
+            with refusals(self._path):
                 rows = self._db.execute(_DEALS, (*after, _PAGE_OF_DEALS)).fetchall()
             if not rows:
                 return
@@ -227,14 +207,14 @@ class Ledger:
             self._db.executemany(statement, [(sample_id,) for sample_id in sample_ids])
 
     def _refs(self, query: str, parameters: tuple[int, ...]) -> list[SampleRef]:
-        with _refusals(self._path):
+        with refusals(self._path):
             return [self._decode(ref) for (ref,) in self._db.execute(query, parameters)]
 
     def _decode(self, text: str) -> SampleRef:
         try:
-            return self._decoder.decode(json.loads(text))
+            return self._decoder.decode(parse_json(text))
         except ValueError as error:
-            raise _damaged(self._path, str(error)) from error
+            raise damaged_ledger(self._path, str(error)) from error
 
 
 class NoLedger:
@@ -265,35 +245,3 @@ class NoLedger:
         return iter(())
 
     def close(self) -> None: ...
-
-
-@contextmanager
-def _refusals(path: Path) -> Iterator[None]:
-    """SQLite's errors, but for those that only a bug can cause, as ours."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
-            raise
-        raise _refusal(error, path) from error
-
-
-def _refusal(error: sqlite3.DatabaseError, path: Path) -> SpecForgeError:
-    code = error.sqlite_errorcode & 0xFF  # the low byte is the kind, the others its detail
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return _damaged(path, str(error))
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        hint = "end the process that has the ledger open (one trains a run at a time) and start again"
-        return DataError(
-            f"another process has locked the ledger for {_LOCK_SECONDS:g} seconds", where=str(path), hint=hint
-        )
-    hint = "free space or correct the permissions there, then start the same command again: it resumes"
-    return DataError(f"the ledger cannot be written: {error}", where=str(path), hint=hint)
-
-
-def _damaged(path: Path, fault: str) -> ConfigError:
-    return ConfigError(
-        f"the ledger is damaged: {' '.join(fault.split())}",
-        where=str(path),
-        hint=f"move {path.name}* away and start again: a resumed run captures again what it does not know of",
-    )
