@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from specforge_core.contracts import (
     Batch,
+    FeatureCorrupt,
     FeatureGone,
     FeatureStore,
     Progress,
@@ -21,7 +22,6 @@ from specforge_core.contracts import (
     SampleRef,
     StaleRef,
     Strategy,
-    held_out_sample_id,
 )
 from specforge_core.loading.demand import PlannedBatch
 from specforge_core.loading.order import sample_seed
@@ -70,40 +70,40 @@ class HeldOut:
 class HeldOutCopy:
     """Has held-out samples captured over the run's wires and keeps copies.
 
-    :param source: the run's store; the samples are freed there as soon as they are copied.
+    :param source: reads from the run's store; the samples are freed there as soon as they are copied.
     :param kept: the files beside the run; ``writer`` has the refs of what they hold.
     """
 
     supply: Supply
-    source: FeatureStore
+    source: SampleReader
     kept: FeatureStore
     writer: RefWriter
     sign: Callable[[SampleRef], SampleRef]
     progress: Progress
 
-    def collect(self, prompt_ids: Sequence[str], planned: Iterator[PlannedBatch]) -> None:
+    def collect(self, prompts: Sequence[Prompt], sample_ids: Sequence[str], planned: Iterator[PlannedBatch]) -> None:
         """Copy every sample that is not kept yet.
 
+        :param sample_ids: of each of ``prompts``.
         :raises SpecForgeError: what ``Supply.collect`` and the stores raise.
         """
         done = {ref.sample_id for ref in self.writer.published()}
-        self.progress.begin("held-out features", len(prompt_ids) - len(done))
-        keys = [held_out_sample_id(prompt_id) for prompt_id in prompt_ids]
-        self.supply.forget_deals([key for key in keys if key not in done])
+        self.progress.begin("held-out features", len(sample_ids) - len(done))
+        self.supply.forget_deals([key for key in sample_ids if key not in done])
         self.supply.want(only_missing(planned, done))
-        for index, key in enumerate(keys):
+        for index, key in enumerate(sample_ids):
             if key not in done:
-                self._copy(key, window=-1 - index)  # no window of training has such a number
+                self._copy(key, prompts[index], window=-1 - index)  # no window of training has such a number
                 self.progress.advance(1)
         self.writer.close()
 
-    def _copy(self, key: str, *, window: int) -> None:
+    def _copy(self, key: str, prompt: Prompt, *, window: int) -> None:
         for attempt in range(_RECAPTURES):
             self.supply.collect([key], what="the held-out samples", patient=True)
             [ref] = self.supply.deal(window, [key])
             try:
-                copied = ref if ref.skipped else self.kept.put(key, self.source.get(ref))
-            except (FeatureGone, StaleRef):
+                copied = ref if ref.skipped else self.kept.put(key, self.source.read(ref, prompt))
+            except (FeatureGone, StaleRef, FeatureCorrupt):
                 if attempt == _RECAPTURES - 1:
                     raise
                 self.supply.lost([ref], intact=[])

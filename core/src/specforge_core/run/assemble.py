@@ -172,18 +172,21 @@ class Run:
         torch.manual_seed(self.plan.config.run.seed)
         return self.strategy.build_draft(self.frozen_source())
 
+    def held_out_ids(self) -> list[str]:
+        """The sample id of each held-out prompt, in their order."""
+        prompts = self.prompts("eval")
+        return [held_out_sample_id(prompts.prompt_id(index)) for index in range(len(prompts))]
+
     def held_out(self) -> HeldOut | None:
         """The held-out features, or None where the run has none. :raises DataError: they are of something else."""
         config = self.plan.config
         if not config.data.eval:
             return None
         check_features(self.directory.split("eval"), self.manifest("eval"))
-        prompts = self.prompts("eval")
-        sample_ids = [held_out_sample_id(prompts.prompt_id(index)) for index in range(len(prompts))]
         return HeldOut(
             reader=self.sample_reader("eval"),
-            refs=read_all(self.wires["eval"].channel, sample_ids, trusted=self.wires.trusted),
-            prompts=prompts,
+            refs=read_all(self.wires["eval"].channel, self.held_out_ids(), trusted=self.wires.trusted),
+            prompts=self.prompts("eval"),
             strategy=self.strategy,
             micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
             seed=config.run.seed,
@@ -218,15 +221,15 @@ class Run:
     def copy_held_out(self) -> None:
         """Online: have the held-out prompts captured, once, and keep their features beside the run."""
         record_features(self.directory.split("eval"), self.manifest("eval"))
-        kept, prompts = self.wires["eval"], self.prompts("eval")
+        kept = self.wires["eval"]
         HeldOutCopy(
             supply=self.train_end.supply,
-            source=self.wires["train"].store,
+            source=self.sample_reader("train"),
             kept=kept.store,
             writer=kept.channel.writer("held-out"),
             sign=self.wires.sign,
             progress=self.progress("train"),
-        ).collect([prompts.prompt_id(index) for index in range(len(prompts))], self.batches.planned_once("eval"))
+        ).collect(self.prompts("eval"), self.held_out_ids(), self.batches.planned_once("eval"))
 
     def loader(self) -> Loader:
         config = self.plan.config
