@@ -86,6 +86,16 @@ def _export_reshaped(w: Workshop) -> None:
     save_file({**load_file(path), "fc.weight": torch.zeros(2, 2)}, path)
 
 
+def _foreign(damage: Callable[[Workshop], object]) -> Callable[[Workshop], None]:
+    """As an export of another trainer's, which has no record of what its files were."""
+
+    def spoil(w: Workshop) -> None:
+        damage(w)
+        (w.root / EXPORT / "specforge.json").unlink()
+
+    return spoil
+
+
 def _step_file(name: str) -> Callable[[Workshop], Path]:
     return lambda w: w.one(f"checkpoints/step-00000003/{name}")
 
@@ -303,13 +313,13 @@ TABLE = [
     ),
     BadInput(
         "bench of another model",
-        _finished(_export(architectures=["LlamaForCausalLM"]), "bench", RUN, "--draft", EXPORT),
+        _finished(_foreign(_export(architectures=["LlamaForCausalLM"])), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/config.json", "not the config of an EAGLE3 draft", "name an EAGLE3 export"),
     ),
     BadInput(
         "export lacks a field",
         _finished(
-            lambda w: w.write(f"{EXPORT}/config.json", '{"architectures": ["LlamaForCausalLMEagle3"]}'),
+            _foreign(lambda w: w.write(f"{EXPORT}/config.json", '{"architectures": ["LlamaForCausalLMEagle3"]}')),
             "bench",
             RUN,
             "--draft",
@@ -319,28 +329,33 @@ TABLE = [
     ),
     BadInput(
         "export has text for a size",
-        _finished(_export(hidden_size="wide"), "bench", RUN, "--draft", EXPORT),
+        _finished(_foreign(_export(hidden_size="wide")), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/config.json", "hidden_size", "export"),
     ),
     BadInput(
         "export lacks a weight",
-        _finished(_export_without("fc.weight"), "bench", RUN, "--draft", EXPORT),
+        _finished(_foreign(_export_without("fc.weight")), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/model.safetensors", "fc.weight is missing", "export"),
     ),
     BadInput(
         "export of another shape",
-        _finished(_export_reshaped, "bench", RUN, "--draft", EXPORT),
+        _finished(_foreign(_export_reshaped), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/model.safetensors", "fc.weight is [2, 2], expected", "export"),
     ),
     BadInput(
         "export of another vocabulary",
-        _finished(_export(vocab_size=999), "bench", RUN, "--draft", EXPORT),
+        _finished(_foreign(_export(vocab_size=999)), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/config.json", "vocabulary of 999", "use the target"),
     ),
     BadInput(
         "export cut short",
-        _finished(lambda w: cut(w.root / EXPORT / "model.safetensors"), "bench", RUN, "--draft", EXPORT),
+        _finished(_foreign(lambda w: cut(w.root / EXPORT / "model.safetensors")), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/model.safetensors", "unreadable weights", "export"),
+    ),
+    BadInput(
+        "export altered since it was written",
+        _finished(_export(rms_norm_eps=1e-5), "bench", RUN, "--draft", EXPORT),
+        ("export/sglang/config.json", "altered since it was exported", "export the draft again"),
     ),
     # evaluation, bench, report
     BadInput(

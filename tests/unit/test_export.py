@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from specforge_core.contracts import CaptureRequest, Drafter, ExportError, TargetInfo
-from specforge_core.export.writer import ExportPlan, export_draft
+from specforge_core.export.writer import ExportPlan, check_export, export_draft
 from torch import Tensor, nn
 
 from tests.toy_decoding import ScriptedDrafter
@@ -76,6 +76,7 @@ def test_export_holds_weights_and_where_they_come_from(tmp_path):
     directory = write(tmp_path / "export" / "toy", ExportingStrategy())
     assert (directory / "model.safetensors").is_file()
     facts = json.loads((directory / "specforge.json").read_text())
+    assert list(facts.pop("files")) == ["model.safetensors"]
     assert facts == {"format": "toy", "target": "counting", "step": 7}
     assert [path.name for path in directory.parent.iterdir()] == ["toy"]
 
@@ -131,3 +132,44 @@ def test_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "toy").write_text("a file")
     with pytest.raises(ExportError, match="file of that name"):
         write(tmp_path / "toy", ExportingStrategy(), overwrite=True)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+ALTERED = {
+    "a flipped bit": lambda directory: flip(directory / "model.safetensors"),
+    "a file gone": lambda directory: (directory / "model.safetensors").unlink(),
+    "a file more": lambda directory: (directory / "more").mkdir() or (directory / "more" / "x.py").write_text(""),
+    "a record that is no JSON": lambda directory: (directory / "specforge.json").write_text("[" * 5000),
+    "a record of another kind": lambda directory: (directory / "specforge.json").write_text('{"files": [1]}'),
+    "a record that names the outside": lambda directory: (directory / "specforge.json").write_text(
+        '{"files": {"../../mine": {"bytes": 4, "blake2b": ""}}}'
+    ),
+}
+
+
+@pytest.mark.parametrize("how", list(ALTERED))
+def test_an_export_that_was_altered_is_refused(tmp_path: Path, how: str) -> None:
+    directory = write(tmp_path / "toy", ExportingStrategy())
+    check_export(directory)
+    ALTERED[how](directory)
+    with pytest.raises(ExportError, match="altered since it was exported"):
+        check_export(directory)
+
+
+def test_an_export_of_another_trainer_vouches_for_nothing(tmp_path: Path) -> None:
+    directory = write(tmp_path / "toy", ExportingStrategy())
+    (directory / "specforge.json").unlink()
+    flip(directory / "model.safetensors")
+    check_export(directory)
+
+
+def test_an_export_whose_files_are_links_into_a_cache_is_read(tmp_path: Path) -> None:
+    directory = write(tmp_path / "toy", ExportingStrategy())
+    (directory / "model.safetensors").rename(tmp_path / "blob")
+    (directory / "model.safetensors").symlink_to(tmp_path / "blob")
+    check_export(directory)

@@ -28,6 +28,7 @@ from specforge_core.contracts import (
     Strategy,
     TargetInfo,
 )
+from specforge_core.contracts.files import describe_file, read_json_object
 
 PROVENANCE_FILE = "specforge.json"
 PROBE_TOKENS = 8
@@ -38,7 +39,8 @@ class ExportPlan:
     """What is written where.
 
     :param format: one that the strategy writes.
-    :param provenance: strategy, versions, step and the like; goes into ``specforge.json`` beside the weights.
+    :param provenance: strategy, versions, step and the like; goes into ``specforge.json`` beside the weights, with
+        size and digest of every other file.
     :param overwrite: replace what is in the directory.
     """
 
@@ -81,8 +83,45 @@ def export_draft(strategy: Strategy, draft: nn.Module, target: FrozenSource, *, 
 
 
 def _write_provenance(path: Path, plan: ExportPlan, info: TargetInfo) -> None:
-    facts = {"format": plan.format, "target": info.name_or_path, **plan.provenance}
+    files = {name: describe_file(path.parent / name) for name in _files(path.parent)}
+    facts = {"format": plan.format, "target": info.name_or_path, **plan.provenance, "files": files}
     path.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def check_export(directory: Path) -> None:
+    """Compare an export of ours with what it was when it was written; one of another trainer's says nothing of itself.
+
+    :raises ExportError: a file was altered, removed or added since.
+    """
+    record = directory / PROVENANCE_FILE
+    if not os.path.lexists(record):
+        return
+    recorded = read_json_object(record, refuse=lambda reason: _altered(record, reason)).get("files")
+    if recorded is None:  # written by an earlier version
+        return
+    if not isinstance(recorded, dict):
+        raise _altered(record, "its files are no table")
+    found = _files(directory)
+    for name in sorted(recorded.keys() | set(found)):
+        if name not in found:
+            raise _altered(directory / name[:200], "it is missing")
+        # Resolved: where exports are downloaded to, files are often links into a cache.
+        if name not in recorded or describe_file((directory / name).resolve()) != recorded[name]:
+            raise _altered(directory / name, "its bytes are not the ones that were written")
+
+
+def _files(directory: Path) -> list[str]:
+    """Every file of an export but its record."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in found if name != PROVENANCE_FILE)
+
+
+def _altered(path: Path, reason: str) -> ExportError:
+    return ExportError(
+        f"altered since it was exported: {reason}",
+        where=str(path),
+        hint=f"export the draft again; or remove {PROVENANCE_FILE} if you mean it to be read as it is",
+    )
 
 
 def _verify(strategy: Strategy, written: nn.Module, read: nn.Module, target: FrozenSource) -> None:

@@ -14,7 +14,7 @@ from specforge_core.contracts import CaptureRequest, DataError, ExportError, Pla
 from specforge_core.decoding.bench import BenchSides, cut_prompts, run_bench
 from specforge_core.decoding.bench_result import BenchResult
 from specforge_core.decoding.speculative import DecodeLimits
-from specforge_core.export.writer import ExportPlan, export_draft
+from specforge_core.export.writer import ExportPlan, check_export, export_draft
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import write_json
 from specforge_core.run.machine import check_device, set_threads
@@ -92,8 +92,9 @@ def write_export(run: Run, trained: TrainedDraft, *, format: str | None, overwri
 def load_exported(run: Run, directory: Path) -> TrainedDraft:
     """A draft from an export, as a server would read it.
 
-    :raises ExportError: it is not an export of this strategy for this target.
+    :raises ExportError: it is not an export of this strategy for this target, or was altered since it was written.
     """
+    check_export(directory)
     return TrainedDraft(run.strategy.load_export(directory, run.frozen_source()), str(directory))
 
 
