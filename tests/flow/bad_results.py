@@ -86,6 +86,10 @@ def _export_reshaped(w: Workshop) -> None:
     save_file({**load_file(path), "fc.weight": torch.zeros(2, 2)}, path)
 
 
+_NO_ROTATION = {"rope_type": "linear", "factor": 0}
+_TWO_LAYERS = {"eagle_aux_hidden_state_layer_ids": [0, 1]}
+
+
 def _foreign(damage: Callable[[Workshop], object]) -> Callable[[Workshop], None]:
     """As an export of another trainer's, which has no record of what its files were."""
 
@@ -94,6 +98,12 @@ def _foreign(damage: Callable[[Workshop], object]) -> Callable[[Workshop], None]
         (w.root / EXPORT / "specforge.json").unlink()
 
     return spoil
+
+
+def _export_of_integers(w: Workshop) -> None:
+    path = w.root / EXPORT / "model.safetensors"
+    stored = load_file(path)
+    save_file({**stored, "fc.weight": stored["fc.weight"].long()}, path)
 
 
 def _step_file(name: str) -> Callable[[Workshop], Path]:
@@ -331,6 +341,49 @@ TABLE = [
         "export has text for a size",
         _finished(_foreign(_export(hidden_size="wide")), "bench", RUN, "--draft", EXPORT),
         ("export/sglang/config.json", "hidden_size", "export"),
+    ),
+    BadInput(
+        "export claims a size that no machine has",
+        _finished(_foreign(_export(intermediate_size=10**7)), "bench", RUN, "--draft", EXPORT),
+        ("export/sglang/model.safetensors", "expected [10000000, 32]", "export the draft again"),
+    ),
+    BadInput(
+        "export has a list for RoPE",
+        _finished(_foreign(_export(rope_parameters=[1])), "bench", RUN, "--draft", EXPORT),
+        ("export/sglang/config.json: rope_parameters", "[1] is not an object", "export"),
+    ),
+    BadInput(
+        "export's RoPE divides by zero",
+        _finished(
+            _foreign(_export(rope_parameters={"rope_type": "linear", "factor": 0})), "bench", RUN, "--draft", EXPORT
+        ),
+        ("export/sglang/config.json: rope_parameters", "'factor' is not between", "export"),
+    ),
+    BadInput(
+        "export has a list for its own section",
+        _finished(_foreign(_export(eagle_config=[1])), "bench", RUN, "--draft", EXPORT),
+        ("export/sglang/config.json: eagle_config", "[1] is not an object", "export"),
+    ),
+    BadInput(
+        "export of other captured layers",
+        _finished(
+            _foreign(_export(eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1]})),
+            "bench",
+            RUN,
+            "--draft",
+            EXPORT,
+        ),
+        ("export/sglang/model.safetensors", "fc.weight", "expected [32, 64]", "export"),
+    ),
+    BadInput(
+        "export nested without end",
+        _finished(_foreign(lambda w: w.write(f"{EXPORT}/config.json", "[" * 100_000)), "bench", RUN, "--draft", EXPORT),
+        ("export/sglang/config.json", "not JSON", "nested", "export"),
+    ),
+    BadInput(
+        "export of integers",
+        _finished(_foreign(_export_of_integers), "bench", RUN, "--draft", EXPORT),
+        ("export/sglang/model.safetensors", "fc.weight holds I64", "export"),
     ),
     BadInput(
         "export lacks a weight",

@@ -17,6 +17,8 @@ from specforge_core.contracts import CaptureRequest, ConfigError, TargetInfo
 
 RopeParameters = Mapping[str, "float | int | str | list[float] | tuple[float, ...]"]
 LayerType = Literal["full_attention", "sliding_attention"]
+MAX_BLOCK_SIZE = 256
+"""The largest block that is trained and believed of an export: servers verify 16 tokens; a block costs its square."""
 LossType = Literal["dflash", "dpace", "dpace-cumulative-confidence-only", "dpace-continuation-value-only"]
 
 
@@ -66,7 +68,7 @@ class BlockDraftConfig(StrategyConfig):
         learning_rate=6e-4, warmup_ratio=0.04, max_grad_norm=1.0
     )
 
-    block_size: int = Field(16, ge=2, le=256, description="slots of a block, the anchor's included")
+    block_size: int = Field(16, ge=2, le=MAX_BLOCK_SIZE, description="slots of a block, the anchor's included")
     num_anchors: int = Field(512, ge=1, description="blocks trained per sample at most, at random places")
     num_layers: int = Field(5, ge=1, description="layers of the draft")
     aux_layer_ids: tuple[int, ...] | None = Field(

@@ -8,24 +8,48 @@ SGLang and vLLM both add one themselves. ``speculators`` is vLLM's own (:mod:`sp
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from specforge_core.contracts import ExportError, TargetInfo
-from torch import Tensor, nn
+from specforge_core.modeling.export_files import (
+    CONFIG_FILE,
+    LAYER_COUNT,
+    LAYER_FIELDS,
+    LAYER_IDS,
+    MAX_SIZE,
+    OBJECT,
+    SIZE,
+    TEXT,
+    Fields,
+    Kind,
+    check_fields,
+    check_sizes,
+    list_of,
+    read_config,
+    read_draft,
+    whole_number,
+    write_files,
+)
 
-from specforge_dflash.config import DraftShape, LayerType
+from specforge_dflash.config import MAX_BLOCK_SIZE, DraftShape, LayerType
 from specforge_dflash.draft_model import DflashDraft
 from specforge_dflash.speculators import SPECULATORS, TYPE_FIELD, from_speculators, to_speculators
 
 FORMATS = ("sglang", SPECULATORS)
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE = "DFlashDraftModel"
+_ANOTHER = "name a DFlash export"
+_FIELDS = {
+    **LAYER_FIELDS,
+    "num_hidden_layers": LAYER_COUNT,
+    "layer_types": list_of(Kind("a kind of attention", lambda value: value in get_args(LayerType))),
+    "sliding_window": SIZE,
+    "block_size": whole_number(2, MAX_BLOCK_SIZE),
+    "dflash_config": OBJECT,
+}
+_OWN_FIELDS = {"target_layer_ids": LAYER_IDS, "mask_token_id": whole_number(0, MAX_SIZE), "projector_type": TEXT}
 
 
 def draft_config(
@@ -74,13 +98,6 @@ def draft_config(
     }
 
 
-def write_files(draft: nn.Module, directory: Path, config: Mapping[str, Any]) -> None:
-    """``config.json`` and the draft's ``state_dict`` as ``model.safetensors``."""
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
 def write_export(
     draft: DflashDraft, directory: Path, *, format: str, target: TargetInfo, aux_layer_ids: tuple[int, ...]
 ) -> None:
@@ -88,7 +105,7 @@ def write_export(
     if format not in FORMATS:
         raise ExportError(f"dflash does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
     config = draft_config(draft, target, aux_layer_ids)
-    write_files(draft, directory, to_speculators(config, target) if format == SPECULATORS else config)
+    write_files(directory, to_speculators(config, target) if format == SPECULATORS else config, draft.state_dict())
 
 
 def shape_from_config(config: Mapping[str, Any]) -> DraftShape:
@@ -121,79 +138,49 @@ def shape_from_config(config: Mapping[str, Any]) -> DraftShape:
     )
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a block-parallel draft.
+def read_fields(directory: Path, *, more: Mapping[str, Kind] | None = None) -> Fields:
+    """The checked fields of a block-parallel draft's ``config.json``, those under ``dflash_config`` too.
 
+    :param more: kinds of more fields of ``dflash_config``.
     :raises ExportError: no such file, or one of something else.
     """
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(
-            "no such file", where=str(path), hint="an export holds config.json and model.safetensors"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"not JSON: {error}", where=str(path)) from error
-    if isinstance(config, dict) and TYPE_FIELD in config:
-        try:
-            return from_speculators(config, path)
-        except KeyError as error:
-            raise ExportError(f"the field {error} is missing", where=str(path)) from error
-    if not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
-        raise ExportError(f"not the config of a DFlash draft ({ARCHITECTURE})", where=str(path))
-    return config
+    config, where = read_config(directory), str(directory / CONFIG_FILE)
+    if TYPE_FIELD in config:
+        config = from_speculators(config, directory)
+    elif config.get("architectures") != [ARCHITECTURE]:
+        raise ExportError(f"not the config of a DFlash draft ({ARCHITECTURE})", where=where, hint=_ANOTHER)
+    fields = check_fields(config, _FIELDS, directory)
+    own = check_fields(fields["dflash_config"], {**_OWN_FIELDS, **(more or {})}, directory)
+    return Fields({**fields, "dflash_config": own}, where)
 
 
-def read_shape(config: Mapping[str, Any], directory: Path, target: TargetInfo) -> DraftShape:
-    """:raises ExportError: a field is missing, or the draft is for another target's vocabulary."""
-    path = str(directory / CONFIG_FILE)
-    try:
-        shape = shape_from_config(config)
-    except KeyError as error:
-        raise ExportError(f"the field {error} is missing", where=path) from error
-    if (shape.vocab_size, shape.hidden_size) != (target.vocab_size, target.hidden_size):
-        raise ExportError(
-            f"the draft is for a vocabulary of {shape.vocab_size} and hidden size {shape.hidden_size}, "
-            f"the target has {target.vocab_size} and {target.hidden_size}",
-            where=path,
-            hint="use the target it was trained with",
-        )
-    return shape
-
-
-def fill_weights(draft: DflashDraft, directory: Path) -> None:
-    """Load ``model.safetensors`` into a draft of the right shape, in the stored dtype.
-
-    :raises ExportError: weights missing, or of another shape.
-    """
-    path, expected = directory / WEIGHTS_FILE, draft.state_dict()
-    if not path.is_file():
-        raise ExportError("no such file", where=str(path), hint="an export holds config.json and model.safetensors")
-    try:
-        with safe_open(path, "pt") as stored:
-            tensors: dict[str, Tensor] = {n: stored.get_tensor(n) for n in stored.keys() if n in expected}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ExportError(f"unreadable weights: {error}", where=str(path)) from error
-    for name, value in expected.items():
-        if name not in tensors:
-            raise ExportError(f"the weight {name} is missing", where=str(path))
-        if tensors[name].shape != value.shape:
-            raise ExportError(
-                f"the weight {name} is {list(tensors[name].shape)}, expected {list(value.shape)}", where=str(path)
-            )
-    draft.to(tensors["fc.weight"].dtype).load_state_dict(tensors)
+def read_shape(fields: Fields, directory: Path, target: TargetInfo) -> DraftShape:
+    """:raises ExportError: a field is missing or at odds with another, or the draft is for another target."""
+    shape = shape_from_config(fields)
+    check_sizes(shape, target, directory)
+    if len(shape.layer_types) != fields["num_hidden_layers"]:
+        reason, key = f"names {len(shape.layer_types)} of {fields['num_hidden_layers']} layers", "layer_types"
+    elif "sliding_attention" in shape.layer_types and shape.sliding_window is None:
+        reason, key = "the sliding layers have no window", "sliding_window"
+    elif shape.mask_token_id >= target.vocab_size:
+        reason, key = f"{shape.mask_token_id} is outside the vocabulary of {target.vocab_size}", "mask_token_id"
+    else:
+        return shape
+    raise ExportError(reason, where=f"{fields.where}: {key}", hint=_ANOTHER)
 
 
 def read_export(directory: Path, target: TargetInfo) -> DflashDraft:
     """The draft of an export; its frozen parts are still to be loaded.
 
-    :raises ExportError: files or weights missing, of another shape, or of another target's vocabulary.
+    :raises ExportError: files or weights missing, damaged, of another shape, or of another target's vocabulary.
     """
-    config = read_config(directory)
-    kind = config.get("dflash_config", {}).get("projector_type")
+    fields = read_fields(directory)
+    kind = fields["dflash_config"].get("projector_type")
     if kind is not None:
-        raise ExportError(f"this draft has a {kind!r} head; it is not a plain DFlash draft", where=str(directory))
-    draft = DflashDraft(read_shape(config, directory, target))
-    fill_weights(draft, directory)
-    return draft
+        raise ExportError(
+            f"this draft has a {reprlib.repr(kind)} head; it is not a plain DFlash draft",
+            where=str(directory),
+            hint=_ANOTHER,
+        )
+    shape = read_shape(fields, directory, target)
+    return read_draft(lambda: DflashDraft(shape), directory)

@@ -10,15 +10,23 @@ kinds is served from the DFlash layout instead.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
+from specforge_core.modeling.export_files import FLAG, OBJECT, OUTPUT_IDS, TEXT, check_fields, list_of
 
 SPECULATORS = "speculators"
 TYPE_FIELD = "speculators_model_type"
 _TYPE, _VERSION = "dflash", "0.9.0"
+_FIELDS = {
+    TYPE_FIELD: TEXT,
+    "transformer_layer_config": OBJECT,
+    "aux_hidden_state_layer_ids": OUTPUT_IDS,
+    **dict.fromkeys(("sample_from_anchor", "sliding_window_non_causal"), FLAG),
+}
 _LAYER_FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "attention_dropout", "rms_norm_eps"),
@@ -65,25 +73,25 @@ def verifier_path(target: TargetInfo) -> str:
     return str(path.resolve()) if path.is_dir() else target.name_or_path
 
 
-def from_speculators(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The DFlash layout's fields from this layout's ``config.json``, which lies at ``path``.
+def from_speculators(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The DFlash layout's fields from this layout's ``config.json``, read in ``directory``; the layer's are unchecked.
 
-    :raises KeyError: a field is missing.
-    :raises ExportError: a draft of another algorithm, or one that guesses otherwise.
+    :raises ExportError: a field is missing; a draft of another algorithm, or one that guesses otherwise.
     """
-    layer = config["transformer_layer_config"]
-    full = "sliding_attention" not in (layer.get("layer_types") or ())
-    if config[TYPE_FIELD] != _TYPE:
-        problem = f"not the config of a DFlash draft but of type {config[TYPE_FIELD]!r}"
-    elif config.get("sample_from_anchor", False):
+    fields = check_fields(config, _FIELDS, directory)
+    layer = check_fields(fields["transformer_layer_config"], {"layer_types": list_of(TEXT)}, directory)
+    full = "sliding_attention" not in layer.get("layer_types", ())
+    if fields[TYPE_FIELD] != _TYPE:
+        problem = f"not the config of a DFlash draft but of type {reprlib.repr(fields[TYPE_FIELD])}"
+    elif fields.get("sample_from_anchor", False):
         problem = "sample_from_anchor is true: this draft guesses from a block's first slot, DFlash's does not"
-    elif config.get("sliding_window_non_causal", True) != full:
+    elif fields.get("sliding_window_non_causal", True) != full:
         problem = "sliding_window_non_causal does not fit layer_types: full layers look both ways, sliding ones back"
     else:
         own = {
-            "mask_token_id": config["mask_token_id"],
-            "target_layer_ids": [layer_id - 1 for layer_id in config["aux_hidden_state_layer_ids"]],
+            "mask_token_id": fields["mask_token_id"],
+            "target_layer_ids": [layer_id - 1 for layer_id in fields["aux_hidden_state_layer_ids"]],
         }
-        sizes = {name: config[name] for name in ("block_size", "target_hidden_size")}
+        sizes = {name: fields[name] for name in ("block_size", "target_hidden_size")}
         return {**layer, **sizes, "dflash_config": own}
-    raise ExportError(problem, where=str(path), hint="name a DFlash export of this program")
+    raise ExportError(problem, where=fields.where, hint="name a DFlash export of this program")

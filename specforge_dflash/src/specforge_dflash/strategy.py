@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +29,7 @@ from specforge_core.contracts import (
     Strategy,
     TargetInfo,
 )
+from specforge_core.modeling.export_files import check_captured
 from torch import Tensor, nn
 
 from specforge_dflash.anchors import choose_anchors, label_blocks, pad_anchors, slot_weights
@@ -93,6 +94,16 @@ class BlockStrategy(Strategy):
         settings = self.settings
         return slot_weights(settings.block_size, gamma=settings.loss_decay_gamma, offset=settings.label_offset)
 
+    def read_captured(self, read: Callable[[], _Draft], directory: Path, *, target: FrozenSource) -> _Draft:
+        """The draft of an export that joins as many layers as are captured, with its frozen parts."""
+
+        def read_and_check() -> _Draft:
+            draft = read()
+            check_captured(draft.shape, self.settings.aux_layers(target.info), directory)
+            return draft
+
+        return with_frozen(read_and_check, target)
+
     def position_accuracy(self, blocks: PackedBlocks | None, correct_E: Tensor | None) -> list[Ratio]:
         """Σ w 1[argmax = label] / Σ w at each position that a drafter proposes."""
         offset, count = self.settings.label_offset, self.settings.num_draft_tokens
@@ -114,7 +125,8 @@ class DflashStrategy(BlockStrategy):
         self.config = config
 
     def build_draft(self, target: FrozenSource) -> DflashDraft:
-        return load_frozen(DflashDraft(self.config.shape(target.info)), target)
+        shape = self.config.shape(target.info)
+        return with_frozen(lambda: DflashDraft(shape), target)
 
     def loss(self, draft: nn.Module, batch: Batch, ctx: StepContext) -> StepOutput:
         assert isinstance(draft, DflashDraft)
@@ -153,15 +165,17 @@ class DflashStrategy(BlockStrategy):
         write_export(draft, directory, format=format, target=target, aux_layer_ids=self.config.aux_layers(target))
 
     def load_export(self, directory: Path, target: FrozenSource) -> DflashDraft:
-        return load_frozen(read_export(directory, target.info), target)
+        return self.read_captured(lambda: read_export(directory, target.info), directory, target=target)
 
 
-def load_frozen(draft: _Draft, target: FrozenSource) -> _Draft:
-    """Fill the draft's frozen parts from the target.
+def with_frozen(build: Callable[[], _Draft], target: FrozenSource) -> _Draft:
+    """A draft with its frozen parts filled from the target. They are read first: a target whose weights are not what it
+    says is refused before a draft of the sizes it says takes memory.
 
     :raises TargetError: the target's weights have other shapes.
     """
     weights = target.frozen_weights([EMBED_TOKENS, LM_HEAD])
+    draft = build()
     draft.embed_tokens.load(weights[EMBED_TOKENS])
     draft.target_head.load(weights[LM_HEAD])
     return draft

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
-from specforge_dflash.export import draft_config, fill_weights, read_config, read_shape, write_files
+from specforge_core.modeling.export_files import FLAG, MAX_SIZE, SIZE, read_draft, whole_number, write_files
+from specforge_dflash.export import draft_config, read_fields, read_shape
 from specforge_dflash.speculators import SPECULATORS
 
 from specforge_domino.config import HeadShape
@@ -19,6 +20,11 @@ from specforge_domino.draft_model import DominoDraft
 
 FORMATS = ("sglang",)
 PROJECTOR = "domino"
+_HEAD_FIELDS = {
+    **dict.fromkeys(("emb_dim", "gru_hidden_dim"), SIZE),
+    "pure_draft_prefix_len": whole_number(0, MAX_SIZE),
+    "shift_label": FLAG,
+}
 
 
 def write_export(
@@ -40,7 +46,7 @@ def write_export(
         "pure_draft_prefix_len": head.pure_draft_prefix_len,
         "shift_label": head.shift_label,
     }
-    write_files(draft, directory, draft_config(draft, target, aux_layer_ids, extra=extra))
+    write_files(directory, draft_config(draft, target, aux_layer_ids, extra=extra), draft.state_dict())
 
 
 def head_from_config(config: Mapping[str, Any]) -> HeadShape:
@@ -57,12 +63,14 @@ def head_from_config(config: Mapping[str, Any]) -> HeadShape:
 def read_export(directory: Path, target: TargetInfo) -> DominoDraft:
     """The draft of an export; its frozen parts are still to be loaded.
 
-    :raises ExportError: files or weights missing, of another shape, or of another target's vocabulary.
+    :raises ExportError: files or weights missing, damaged, of another shape, or of another target's vocabulary.
     """
-    config = read_config(directory)
-    shape = read_shape(config, directory, target)
-    if config["dflash_config"].get("projector_type") != PROJECTOR:
-        raise ExportError("this draft has no correction head; it is not a Domino draft", where=str(directory))
-    draft = DominoDraft(shape, head_from_config(config))
-    fill_weights(draft, directory)
-    return draft
+    fields = read_fields(directory, more=_HEAD_FIELDS)
+    if fields["dflash_config"].get("projector_type") != PROJECTOR:
+        raise ExportError(
+            "this draft has no correction head; it is not a Domino draft",
+            where=str(directory),
+            hint="name a Domino export",
+        )
+    shape, head = read_shape(fields, directory, target), head_from_config(fields)
+    return read_draft(lambda: DominoDraft(shape, head), directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from specforge_core.contracts import Batch, Drafter, FrozenSource, LossTerm, Ratio, StepContext, StepOutput, TargetInfo
 from specforge_dflash.loss import accepted_lengths
-from specforge_dflash.strategy import WEIGHTS, BlockStrategy, load_frozen
+from specforge_dflash.strategy import WEIGHTS, BlockStrategy, with_frozen
 from torch import Tensor, nn
 
 from specforge_domino.base_loss_decay import base_loss_weight
@@ -27,7 +27,8 @@ class DominoStrategy(BlockStrategy):
         self.config = config
 
     def build_draft(self, target: FrozenSource) -> DominoDraft:
-        return load_frozen(DominoDraft(self.config.shape(target.info), self.config.head_shape()), target)
+        shape, head = self.config.shape(target.info), self.config.head_shape()
+        return with_frozen(lambda: DominoDraft(shape, head), target)
 
     def loss(self, draft: nn.Module, batch: Batch, ctx: StepContext) -> StepOutput:
         assert isinstance(draft, DominoDraft)
@@ -55,7 +56,7 @@ class DominoStrategy(BlockStrategy):
         write_export(draft, directory, format=format, target=target, aux_layer_ids=self.config.aux_layers(target))
 
     def load_export(self, directory: Path, target: FrozenSource) -> DominoDraft:
-        return load_frozen(read_export(directory, target.info), target)
+        return self.read_captured(lambda: read_export(directory, target.info), directory, target=target)
 
 
 _METRICS = (

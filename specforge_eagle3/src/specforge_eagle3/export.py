@@ -7,38 +7,52 @@ own words (:mod:`specforge_eagle3.speculators`). Embedding and target head stay 
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from specforge_core.contracts import ExportError, Norm, SpecForgeError, TargetInfo
+from specforge_core.contracts import DataError, ExportError, Norm, TargetInfo
 from specforge_core.modeling import VocabMap
-from torch import Tensor
+from specforge_core.modeling.export_files import (
+    CONFIG_FILE,
+    FLAG,
+    LAYER_FIELDS,
+    LAYER_IDS,
+    OBJECT,
+    SIZE,
+    WEIGHTS_FILE,
+    Fields,
+    check_fields,
+    check_sizes,
+    read_config,
+    read_draft,
+    write_files,
+)
 
 from specforge_eagle3.config import DraftShape
 from specforge_eagle3.draft_model import Eagle3Draft
 from specforge_eagle3.speculators import (
+    MAPS,
     SPECULATORS,
     TYPE_FIELD,
     check_head_norm,
     from_speculators,
     rename_tensors,
-    restore_names,
+    restore_name,
     to_speculators,
 )
 
 FORMATS = ("sglang", SPECULATORS)
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-_SIZES = (
-    *("vocab_size", "draft_vocab_size", "hidden_size", "target_hidden_size", "intermediate_size"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
-)
-_AGAIN = "export the draft again"
+_FIELDS = {
+    **LAYER_FIELDS,
+    "draft_vocab_size": SIZE,
+    "fc_norm": FLAG,
+    "norm_output": FLAG,
+    "eagle_config": OBJECT,
+}
+_EAGLE_FIELDS = {"eagle_aux_hidden_state_layer_ids": LAYER_IDS}
 
 
 def draft_config(draft: Eagle3Draft, target: TargetInfo, aux_layer_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -97,16 +111,15 @@ def write_export(
     if format not in FORMATS:
         raise ExportError(f"eagle3 does not write the format {format!r}", hint=f"known: {', '.join(FORMATS)}")
     config = draft_config(draft, target, aux_layer_ids)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in draft.state_dict().items()}
+    tensors = draft.state_dict()
     if format == SPECULATORS:
         check_head_norm(draft.shape, tensors)
         config = to_speculators(config, target, draft_tokens=draft_tokens)
         tensors = rename_tensors(tensors, full_vocabulary=_is_full(draft.shape))
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_files(directory, config, tensors)
 
 
-def shape_from_config(config: dict[str, Any], *, last_hidden_norm: Norm) -> DraftShape:
+def shape_from_config(config: Mapping[str, Any], *, last_hidden_norm: Norm) -> DraftShape:
     """A draft's shape from ``config.json`` (ours, or another trainer's in the same layout).
 
     :raises KeyError: a field without which there is no shape.
@@ -135,80 +148,45 @@ def shape_from_config(config: dict[str, Any], *, last_hidden_norm: Norm) -> Draf
     )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ExportError(
-            "no such file", where=str(path), hint="an export holds config.json and model.safetensors"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ExportError(f"not JSON: {error}", where=str(path), hint=_AGAIN) from error
-    if isinstance(config, dict) and TYPE_FIELD in config:
-        try:
-            config = from_speculators(config, path)
-        except KeyError as error:
-            raise ExportError(f"the field {error} is missing", where=str(path), hint=_AGAIN) from error
-    elif not isinstance(config, dict) or config.get("architectures") != [ARCHITECTURE]:
-        raise ExportError(
-            f"not the config of an EAGLE3 draft ({ARCHITECTURE})", where=str(path), hint="name an EAGLE3 export"
-        )
-    wrong = [key for key in _SIZES if config.get(key) is not None and not _is_size(config[key])]
-    if wrong:
-        raise ExportError(f"{config[wrong[0]]!r} is no size", where=f"{path}: {wrong[0]}", hint=_AGAIN)
-    return config
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+def _read_fields(directory: Path) -> Fields:
+    config, where = read_config(directory), str(directory / CONFIG_FILE)
+    if TYPE_FIELD in config:
+        config = from_speculators(config, directory)
+    elif config.get("architectures") != [ARCHITECTURE]:
+        raise ExportError(f"not the config of an EAGLE3 draft ({ARCHITECTURE})", where=where, hint=_ANOTHER)
+    fields = check_fields(config, _FIELDS, directory)
+    check_fields(fields.get("eagle_config", {}), _EAGLE_FIELDS, directory)
+    return fields
 
 
 def read_export(directory: Path, target: TargetInfo, *, last_hidden_norm: Norm) -> Eagle3Draft:
     """The draft of an export; its frozen parts are still to be loaded.
 
-    :raises ExportError: files or weights missing, of another shape, or of another target's vocabulary.
+    :raises ExportError: files or weights missing, damaged, of another shape, or of another target's vocabulary.
     """
-    config, path = _read_config(directory), directory / WEIGHTS_FILE
-    try:
-        shape = shape_from_config(config, last_hidden_norm=last_hidden_norm)
-    except KeyError as error:
-        raise ExportError(f"the field {error} is missing", where=str(directory / CONFIG_FILE), hint=_AGAIN) from error
-    if shape.vocab_size != target.vocab_size:
+    shape = shape_from_config(_read_fields(directory), last_hidden_norm=last_hidden_norm)
+    check_sizes(shape, target, directory)
+    if shape.draft_vocab_size > shape.vocab_size:
         raise ExportError(
-            f"the draft is for a vocabulary of {shape.vocab_size}, the target has {target.vocab_size}",
-            where=str(directory / CONFIG_FILE),
-            hint="use the target it was trained with",
+            f"{shape.draft_vocab_size} is more than the target's vocabulary of {shape.vocab_size}",
+            where=f"{directory / CONFIG_FILE}: draft_vocab_size",
+            hint=_ANOTHER,
         )
-    draft = Eagle3Draft(shape, VocabMap.full(shape.vocab_size) if _is_full(shape) else _placeholder(shape))
-    expected, tensors = draft.state_dict(), _read_tensors(path)
-    if _is_full(shape):  # nothing to map, so a layout may leave the maps out
-        tensors = {"t2d": draft.t2d, "d2t": draft.d2t, **tensors}
-    for name, value in expected.items():
-        if name not in tensors:
-            raise ExportError(f"the weight {name} is missing", where=str(path), hint=_AGAIN)
-        if tensors[name].shape != value.shape:
-            raise ExportError(
-                f"the weight {name} is {list(tensors[name].shape)}, expected {list(value.shape)}",
-                where=str(path),
-                hint=_AGAIN,
-            )
-    draft.to(tensors["fc.weight"].dtype).load_state_dict({name: tensors[name] for name in expected})
+    full = _is_full(shape)
+    draft = read_draft(
+        lambda: Eagle3Draft(shape, VocabMap.full(shape.vocab_size) if full else _placeholder(shape)),
+        directory,
+        rename=restore_name,
+        may_lack=MAPS if full else (),  # nothing to map, so a layout may leave the maps out
+    )
     try:
         draft.vocabulary.check()
-    except SpecForgeError as error:
-        raise ExportError(error.message, where=str(path)) from error
+    except DataError as error:
+        raise ExportError(error.message, where=str(directory / WEIGHTS_FILE), hint=_ANOTHER) from error
     return draft
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ExportError("no such file", where=str(path), hint="an export holds config.json and model.safetensors")
-    try:
-        with safe_open(path, "pt") as stored:
-            return restore_names({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    except SafetensorError as error:
-        raise ExportError(f"unreadable weights: {error}", where=str(path), hint=_AGAIN) from error
+_ANOTHER = "name an EAGLE3 export"
 
 
 def _is_full(shape: DraftShape) -> bool:

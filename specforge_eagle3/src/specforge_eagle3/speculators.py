@@ -10,11 +10,13 @@ of ones, which scales each row by a positive factor and so changes no greedy gue
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
+from specforge_core.modeling.export_files import FLAG, OBJECT, OUTPUT_IDS, TEXT, check_fields
 from torch import Tensor
 
 from specforge_eagle3.config import DraftShape
@@ -24,8 +26,14 @@ TYPE_FIELD = "speculators_model_type"
 _TYPE, _VERSION = "eagle3", "0.9.0"
 _LAYER, _LAYER_THERE = "midlayer.", "layers.0."
 _HEAD_NORM = "norm_before_head"
-_MAPS = ("t2d", "d2t")
+MAPS = ("t2d", "d2t")
 _OUTER = ("draft_vocab_size", "target_hidden_size", "fc_norm")
+_FIELDS = {
+    TYPE_FIELD: TEXT,
+    "transformer_layer_config": OBJECT,
+    "eagle_aux_hidden_state_layer_ids": OUTPUT_IDS,
+    **dict.fromkeys(("norm_before_residual", "norm_before_fc", "norm_output", _HEAD_NORM), FLAG),
+}
 _LAYER_FIELDS = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "rms_norm_eps"),
@@ -85,42 +93,42 @@ def verifier_path(target: TargetInfo) -> str:
     return str(path.resolve()) if path.is_dir() else target.name_or_path
 
 
-def from_speculators(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The EAGLE layout's fields from this layout's ``config.json``, which lies at ``path``.
+def from_speculators(config: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """The EAGLE layout's fields from this layout's ``config.json``, read in ``directory``; the layer's are unchecked.
 
-    :raises KeyError: a field is missing.
-    :raises ExportError: a draft of another algorithm, or one that is wired otherwise.
+    :raises ExportError: a field is missing; a draft of another algorithm, or one that is wired otherwise.
     """
-    if config[TYPE_FIELD] != _TYPE:
+    fields = check_fields(config, _FIELDS, directory)
+    if fields[TYPE_FIELD] != _TYPE:
         raise ExportError(
-            f"not the config of an EAGLE3 draft but of type {config[TYPE_FIELD]!r}",
-            where=str(path),
+            f"not the config of an EAGLE3 draft but of type {reprlib.repr(fields[TYPE_FIELD])}",
+            where=fields.where,
             hint="name an EAGLE3 export",
         )
     for name in ("norm_before_residual", "norm_before_fc", "norm_output"):
         # Left out, the first is true for those who wrote this format.
-        if config.get(name, name == "norm_before_residual"):
+        if fields.get(name, name == "norm_before_residual"):
             raise ExportError(
                 f"{name} is true there, and this draft's layer is wired otherwise",
-                where=str(path),
+                where=fields.where,
                 hint="name an export of this program",
             )
-    aux = [layer - 1 for layer in config["eagle_aux_hidden_state_layer_ids"]]
+    aux = [layer - 1 for layer in fields["eagle_aux_hidden_state_layer_ids"]]
     return {
-        **config["transformer_layer_config"],
-        **{name: config.get(name) for name in _OUTER},
-        "norm_output": config.get(_HEAD_NORM, True),
+        **fields["transformer_layer_config"],
+        **{name: fields.get(name) for name in _OUTER},
+        "norm_output": fields.get(_HEAD_NORM, True),
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": aux},
     }
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], *, full_vocabulary: bool) -> dict[str, Tensor]:
     """The draft's tensors under this layout's names; without a map where there is nothing to map."""
-    dropped = _MAPS if full_vocabulary else ()
+    dropped = MAPS if full_vocabulary else ()
     renamed = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     return {name.replace(_LAYER, _LAYER_THERE, 1): tensor for name, tensor in renamed.items()}
 
 
-def restore_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of :func:`rename_tensors`, as far as names go."""
-    return {name.replace(_LAYER_THERE, _LAYER, 1): tensor for name, tensor in tensors.items()}
+def restore_name(name: str) -> str:
+    """The reverse of :func:`rename_tensors` for one name."""
+    return name.replace(_LAYER_THERE, _LAYER, 1)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from specforge_core.contracts import (
     Drafter,
     FrozenSource,
     LossTerm,
+    Norm,
     Ratio,
     Sample,
     StepContext,
@@ -29,9 +30,10 @@ from specforge_core.contracts import (
     TargetInfo,
 )
 from specforge_core.modeling import VocabMap
+from specforge_core.modeling.export_files import check_captured
 from torch import Tensor, nn
 
-from specforge_eagle3.config import DraftShape, Eagle3Config
+from specforge_eagle3.config import Eagle3Config
 from specforge_eagle3.draft_model import Eagle3Draft
 from specforge_eagle3.drafter import Eagle3Drafter
 from specforge_eagle3.export import read_export, write_export
@@ -58,7 +60,7 @@ class Eagle3Strategy(Strategy):
             vocabulary = VocabMap.from_counts(target.token_counts(), shape.draft_vocab_size)
         else:
             vocabulary = VocabMap.full(shape.vocab_size)
-        return load_frozen(Eagle3Draft(shape, vocabulary), target)
+        return with_frozen(lambda: Eagle3Draft(shape, vocabulary), target, last_hidden_norm=shape.last_hidden_norm)
 
     def collate(self, samples: Sequence[Sample], seeds: Sequence[int]) -> Batch:
         """Pad on the right with zeros. Nothing here is random, so ``seeds`` go unused."""
@@ -148,19 +150,25 @@ class Eagle3Strategy(Strategy):
         )
 
     def load_export(self, directory: Path, target: FrozenSource) -> Eagle3Draft:
-        shape: DraftShape = self.config.shape(target.info)
-        return load_frozen(read_export(directory, target.info, last_hidden_norm=shape.last_hidden_norm), target)
+        info, norm = target.info, self.config.last_hidden_norm
+
+        def read() -> Eagle3Draft:
+            draft = read_export(directory, info, last_hidden_norm=norm)
+            check_captured(draft.shape, self.config.aux_layers(info), directory)
+            return draft
+
+        return with_frozen(read, target, last_hidden_norm=norm)
 
 
-def load_frozen(draft: Eagle3Draft, target: FrozenSource) -> Eagle3Draft:
-    """Fill the draft's frozen parts from the target.
+def with_frozen(build: Callable[[], Eagle3Draft], target: FrozenSource, *, last_hidden_norm: Norm) -> Eagle3Draft:
+    """A draft with its frozen parts filled from the target. They are read first: a target whose weights are not what it
+    says is refused before a draft of the sizes it says takes memory.
 
     :raises TargetError: the target's weights have other shapes.
     """
-    names = [EMBED_TOKENS, LM_HEAD]
-    if draft.shape.last_hidden_norm == "pre":
-        names.append(FINAL_NORM)
+    names = [EMBED_TOKENS, LM_HEAD, *([FINAL_NORM] if last_hidden_norm == "pre" else [])]
     weights = target.frozen_weights(names)
+    draft = build()
     draft.embed_tokens.load(weights[EMBED_TOKENS])
     draft.target_head.load(weights[LM_HEAD], weights.get(FINAL_NORM))
     return draft

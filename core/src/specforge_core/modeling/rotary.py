@@ -8,6 +8,7 @@ Tables are fp32 and plain attributes, not buffers: casting a draft to bf16 must 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,18 +18,31 @@ from specforge_core.contracts import ConfigError
 
 RopeValue = float | int | str | Sequence[float]
 
+_LEAST, _MOST = 1e-6, 1e12
+"""Between these lies every setting of every model by a wide margin; beyond them fp32 angles are no numbers any more."""
 
-def _number(parameters: Mapping[str, RopeValue], key: str, default: float | None = None) -> float:
+
+def _number(
+    parameters: Mapping[str, RopeValue], key: str, default: float | None = None, *, least: float = _LEAST
+) -> float:
     value = parameters.get(key, default)
-    if not isinstance(value, (int, float)):
-        raise ConfigError(f"RoPE parameter {key!r} is missing or not a number", hint="see the target's config.json")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise _refused(f"RoPE parameter {key!r} is missing or not a number")
+    if not least <= value <= _MOST:
+        raise _refused(f"RoPE parameter {key!r} is not between {least:g} and {_MOST:g}")
     return float(value)
+
+
+def _refused(reason: str) -> ConfigError:
+    return ConfigError(reason, where="rope_parameters", hint="see the target's config.json")
 
 
 def _llama3(frequency: Tensor, parameters: Mapping[str, RopeValue]) -> Tensor:
     factor = _number(parameters, "factor")
     low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
     original = _number(parameters, "original_max_position_embeddings")
+    if low >= high:
+        raise _refused("RoPE parameter 'low_freq_factor' is not below 'high_freq_factor'")
     wavelength = 2 * math.pi / frequency
     smooth = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - smooth) * frequency / factor + smooth * frequency
@@ -62,7 +76,7 @@ class RotaryEmbedding:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if _number(parameters, "partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError("RoPE over a part of the head is not implemented", where="rope_parameters")
-        theta = _number(parameters, "rope_theta", 10000.0)
+        theta = _number(parameters, "rope_theta", 10000.0, least=2.0)  # its logarithm is divided by
         frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         self._scale = 1.0
         if kind == "linear":
@@ -73,7 +87,7 @@ class RotaryEmbedding:
             frequency, self._scale = _yarn(frequency, {"rope_theta": theta, **parameters})
         elif kind != "default":
             raise ConfigError(
-                f"RoPE type {kind!r} is not implemented",
+                f"RoPE type {reprlib.repr(kind)} is not implemented",
                 where="rope_parameters",
                 hint="known: default, linear, llama3, yarn",
             )
