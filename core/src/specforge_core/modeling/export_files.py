@@ -218,9 +218,10 @@ def _read_tensors(
         with safe_open(resolved, "pt") as stored:
             names = {rename(name): name for name in stored.keys()}  # noqa: SIM118
             wanted = [name for name in expected if name in names or name not in may_lack]
+            missing = [name for name in wanted if name not in names]
+            if missing:
+                raise ExportError(f"the weight {missing[0]} is missing", where=str(path), hint=_HINT)
             for name in wanted:
-                if name not in names:
-                    raise ExportError(f"the weight {name} is missing", where=str(path), hint=_HINT)
                 _check_stored(stored.get_slice(names[name]), name, expected=expected[name], path=path)
             return {name: stored.get_tensor(names[name]) for name in wanted}
     except (SafetensorError, OSError) as error:
