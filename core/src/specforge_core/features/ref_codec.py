@@ -22,11 +22,14 @@ from operator import attrgetter
 from typing import Any
 
 from specforge_core.contracts import DTYPE_BYTES, FeatureSpec, SampleRef, check_metadata_only, sample_id
+from specforge_core.contracts.records import is_plausible_shape
 
 Layout = tuple[str, tuple[tuple[str, str, str | None, tuple[int | None, ...]], ...]]
 _Content = tuple[str, int, tuple[tuple[Any, ...], ...]]
 """Store, number of tokens, and the fields of every feature."""
 
+_MOST = (1 << 63) - 1
+"""What whoever keeps a ref has room for: a database, a struct."""
 _TEXT = frozenset({str})
 _TEXT_OR_NONE = _TEXT | {type(None)}
 _COUNT = frozenset({int})
@@ -179,6 +182,8 @@ class RefDecoder:
         signatures = _column(record[6] if len(record) > 6 else "", size, _TEXT)
         if min(map(min, (numbers, epochs, generations, tokens))) < 0:
             raise ValueError("layout, epoch, generation and tokens are counts")
+        if max(map(max, (epochs, generations, tokens))) > _MOST:
+            raise ValueError("epoch, generation and tokens are counts of 64 bits")
         if max(numbers) >= len(self.layouts):
             raise ValueError(f"layout {max(numbers)} was not recorded")
         follow = map(sample_id, prompt_ids, epochs)
@@ -222,5 +227,6 @@ def _column(field: Any, size: int, types: frozenset[type]) -> list[Any]:
 
 def _is_entry(entry: tuple[Any, ...]) -> bool:
     name, dtype, norm, shape = entry
-    dimensions = all(n is None or (type(n) is int and n >= 0) for n in shape)
-    return type(name) is str and dtype in DTYPE_BYTES and norm in (None, "pre", "post") and dimensions
+    texts = type(name) is str and type(dtype) is str and (norm is None or type(norm) is str)
+    known = texts and dtype in DTYPE_BYTES and norm in (None, "pre", "post")
+    return known and is_plausible_shape([1 if n is None else n for n in shape])
