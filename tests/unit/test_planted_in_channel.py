@@ -342,7 +342,7 @@ def test_who_ended_keeps_no_file_open(tmp_path: Path, few_files: int, end: bytes
     first.publish([make_ref(0)])
     content = (tmp_path / "first.refs").read_bytes()
     if domain:
-        own = [row for row in content.splitlines(keepends=True) if row[:1] == b"O"][0]
+        own = next(row for row in content.splitlines(keepends=True) if row[:1] == b"O")
         host, pid, _ = json.loads(own[11:])
         content = content.replace(own, frame("O", [host, pid, domain]))
     for number in range(150):

@@ -140,6 +140,7 @@ __all__ = [
     "check_signature",
     "describe_sample",
     "held_out_sample_id",
+    "read_batch",
     "sample_id",
     "sign",
     "simulated_acceptance_length",

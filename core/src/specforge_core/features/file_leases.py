@@ -19,10 +19,11 @@ from typing import Any
 
 from specforge_core.contracts import CaptureBatch, ChannelError, Lease, LeaseDesk, read_batch
 from specforge_core.features.channel_tails import WRITER_SUFFIX
+from specforge_core.features.followed_file import FollowedFile, OwnerView
 from specforge_core.features.identity import file_name_problem
 from specforge_core.features.lease_book import LeaseBook
 from specforge_core.features.liveness import OwnerWatch
-from specforge_core.features.record_file import FollowedFile, OwnerView, Record, frame
+from specforge_core.features.record_file import Record, frame
 from specforge_core.features.shared_log import SharedLog
 
 _LOG_NAME = "leases.log"

@@ -13,7 +13,8 @@ import time
 import weakref
 from contextlib import suppress
 
-from specforge_core.features.record_file import OwnerView, RecordAppender
+from specforge_core.features.followed_file import OwnerView
+from specforge_core.features.record_file import RecordAppender
 
 _BEATS_PER_TIMEOUT = 4
 

@@ -20,16 +20,13 @@ from typing import Any, NamedTuple
 
 from specforge_core.contracts import ChannelError
 from specforge_core.contracts.files import open_regular, sync_directory
-from specforge_core.features.file_lock import Opened, is_locked, lock_domain, lock_file
-
-MAX_RECORD_BYTES = 8 << 20
-"""A batch of 4096 refs whose ids are as long as file names may be, in letters that JSON writes in twelve, has 6 MB."""
+from specforge_core.features.file_lock import lock_domain, lock_file
+from specforge_core.features.followed_file import MAX_RECORD_BYTES, FollowedFile, OwnerView, last_newline
 
 _LOCK_SECONDS = 1.0
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True)
 _DECODER = json.JSONDecoder()
 _READ_BYTES = 1 << 18
-_GLANCE_BYTES = 1 << 12
 _PREFIX_BYTES = len("R 00000000 ")
 _TOO_LONG = f"more than {MAX_RECORD_BYTES} bytes without an end"
 
@@ -87,45 +84,6 @@ class Record(NamedTuple):
         )
 
 
-class FollowedFile:
-    """A file that is opened when something is asked of it, and may be let go of while nothing is expected of it.
-
-    :raises ChannelError: it cannot be opened, or is no file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: FileIO | None = None
-        self.fileno()
-
-    def fileno(self) -> int:
-        if self._file is None:
-            self._file = FileIO(open_to_follow(self._path))
-        return self._file.fileno()
-
-    def state(self) -> tuple[int, ...]:
-        """Unlike what it was before where the file was written to, or touched; empty where it is not there."""
-        try:
-            status = os.lstat(self._path) if self._file is None else os.fstat(self._file.fileno())
-        except OSError:
-            return ()
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def let_go(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def open_to_follow(path: Path) -> int:
-    """:raises ChannelError: it cannot be opened, or is no file."""
-    try:
-        return open_regular(path, os.O_RDONLY)
-    except OSError as error:
-        hint = "find out who put it there; remove it"
-        raise ChannelError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from error
-
-
 class RecordTail:
     """Reads what was appended since it was last asked; the cost is that of the new records.
 
@@ -177,52 +135,6 @@ class RecordTail:
     def close(self) -> None:
         """Give up the descriptor; reading on, or looking at the owner, opens the file again."""
         self._file.let_go()
-
-
-class OwnerView:
-    """What can be seen of the process that keeps a record file open, without reading the file."""
-
-    def __init__(self, file: Opened) -> None:
-        self._file = file
-
-    def is_locked(self) -> bool:
-        """Whether it is alive, as far as the file system tells."""
-        return is_locked(self._file)
-
-    def sees_locks_of(self, domain: str) -> bool:
-        """Whether a process that found itself in ``domain`` (see ``lock_domain``) cannot hold the file unseen."""
-        return bool(domain) and lock_domain(self._file) == domain
-
-    def heartbeat_ns(self) -> int:
-        """When the file was last written or touched, by the clock of whoever keeps it."""
-        return os.fstat(self._file.fileno()).st_mtime_ns
-
-    def device(self) -> int:
-        """The file system that it is on."""
-        return os.fstat(self._file.fileno()).st_dev
-
-    def size(self) -> int:
-        """Bytes."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def last_kind(self) -> str:
-        """The kind of the last completed record; empty where there is none."""
-        end = _last_newline(self._file, self.size())
-        begin = _last_newline(self._file, end - 1) if end else 0
-        return os.pread(self._file.fileno(), 1, begin or 0).decode("latin-1") if end else ""
-
-
-def _last_newline(file: Opened, end: int) -> int | None:
-    """The offset after the last newline before ``end``, 0 where there is none; None where a record has no end."""
-    lowest = max(0, end - MAX_RECORD_BYTES - 1)
-    nbytes = _GLANCE_BYTES
-    while end > lowest:
-        begin = max(lowest, end - nbytes)
-        newline = os.pread(file.fileno(), end - begin, begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        end, nbytes = begin, _READ_BYTES
-    return None if lowest else 0
 
 
 def append_whole(file: FileIO, content: bytes, *, size: int, durable: bool) -> int:
@@ -277,7 +189,7 @@ class RecordAppender:
     def _cut_torn_record(self) -> int:
         """Cut off what a process that died in mid-append left after the last newline."""
         size = os.fstat(self._file.fileno()).st_size
-        end = _last_newline(self._file, size)
+        end = last_newline(self._file, size)
         if end is None:
             raise Record(self.path, size, b"").malformed(_TOO_LONG)
         if end != size:
