@@ -55,8 +55,9 @@ def _abandoned(paths: Sequence[Path], timeout_seconds: float) -> list[Path]:
 
 
 def _say(names: Sequence[str]) -> None:
+    shown = ", ".join(map(ascii, names[:_MOST_NAMED]))  # whoever can write there chose them
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    _log.warning("waiting for a sign of life of %s%s, perhaps on another machine", ", ".join(names[:_MOST_NAMED]), more)
+    _log.warning("waiting for a sign of life of writer %s%s, perhaps on another machine", shown, more)
 
 
 class _Candidate:
