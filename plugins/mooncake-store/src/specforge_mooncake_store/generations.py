@@ -4,7 +4,8 @@
 A process that was taken for dead may still be putting a sample that its replacement captures again. If both drew the
 same generation their keys would be the same, and the service answers a put of a key that another is writing with
 success while it stores nothing. So a generation is the time, with random low bits; and never below one that this
-process, or the sample's index, has seen, unless no clock can have made that one. Across ``delete`` on *another* machine it grows as far as the clocks agree.
+process, or the sample's index, has seen, unless no clock can have made that one. Across ``delete`` on *another*
+machine it grows as far as the clocks agree.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from specforge_mooncake_store.layout import MAX_GENERATION
 _EPOCH_SECONDS = 1_735_689_600  # 2025-01-01: milliseconds since then, and the random bits, fit into 53 bits until 2029
 _RANDOM_BITS = 16
 _BELIEVED = MAX_GENERATION // 2
-"""The highest that pushes others above it: a clock gets there in ten thousand years, whoever writes an index at once."""
+"""The highest that pushes others above it: a clock gets there in a thousand years, whoever writes an index at once."""
 
 
 class Generations:
