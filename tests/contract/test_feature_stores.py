@@ -175,6 +175,15 @@ class Own(FileStore):
         super().__init__(config, dataclasses.replace(context, directory=context.directory / str(id(self))))
 
 
+class Tallying(FileStore):
+    """Keeps a tally beside its samples, wherever that name leads."""
+
+    def put(self, sample_id: str, sample: Sample) -> SampleRef:
+        with (self._directory / "tally").open("a") as file:
+            file.write(".")
+        return super().put(sample_id, sample)
+
+
 class Padding(FileStore):
     """Gives zeros for torn files instead of refusing them."""
 
@@ -222,6 +231,7 @@ def test_broken_stores_are_rejected(broken: type[MemoryStore], by: str) -> None:
         (Unguarded, "test_an_emptied_store_still_asks_for_its_token"),
         (Sealed, "test_who_knows_the_token_attaches"),
         (Own, "test_who_attaches_reads_what_another_put"),
+        (Tallying, "test_a_planted_link_leads_nowhere"),
     ],
 )
 def test_stores_that_share_or_guard_wrongly_are_rejected(broken: type[FileStore], by: str) -> None:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +13,22 @@ import pytest
 import torch
 from mooncake_service import MooncakeService, bare_client, fresh_run, mooncake_service, require_mooncake
 from pydantic import ValidationError
-from specforge_core.contracts import FeatureCorrupt, FeatureGone, Sample, SampleRef, StaleRef, StoreError, StoreFull
+from specforge_core.contracts import (
+    AccessDenied,
+    FeatureCorrupt,
+    FeatureGone,
+    FeatureSpec,
+    Sample,
+    SampleRef,
+    StaleRef,
+    StoreError,
+    StoreFull,
+)
 from specforge_core.testing.feature_store_suite import FeatureStoreSuite
 from specforge_core.testing.samples import assert_same, make_sample
 from specforge_mooncake_store.connection import Connection
 from specforge_mooncake_store.generations import Generations
+from specforge_mooncake_store.layout import MAX_GENERATION
 from specforge_mooncake_store.registration import Registrations, merge
 
 require_mooncake()
@@ -253,6 +265,72 @@ def test_generations_grow_whatever_the_clock_does() -> None:
     drawn = [drawing.draw() for _ in range(4)]
     assert drawn == sorted(set(drawn))
     assert drawing.draw(above=drawn[-1] + (1 << 40)) > drawn[-1] + (1 << 40)
+
+
+@pytest.mark.parametrize("planted", [-1, 2**61, 2**61 + 1, 2**62, 2**63 - 1, 2**63, 10**30])
+def test_no_generation_that_somebody_made_up_pushes_others_out_of_64_bits(planted: int) -> None:
+    drawing = Generations(lambda: 1.8e9)
+    drawing.saw(planted)
+    drawn = [drawing.draw(above=planted) for _ in range(1000)]
+    assert drawn == sorted(set(drawn))
+    assert 0 < drawn[0] < drawn[-1] < MAX_GENERATION
+
+
+GARBAGE = [
+    b"x",
+    b"[" * 4000,
+    b'{"a": 1, "b": 2}',
+    b'"ab"',
+    b"null",
+    b"7",
+    b"[1]",
+    b"\xff\xfe",
+    b"\0" * 4097,
+    *(b'[%s, "digest", "input_ids"]' % number for number in (b"-1", b"0", b"1.5", b"1e30", b"true", b'"1"', b"null")),
+    *(b'[%d, "digest", "input_ids"]' % number for number in (2**61, 2**62, 2**63 - 1, 10**30)),
+    b'[5, ["digest"], "input_ids"]',
+    b'[5, "../../digest", "../other"]',
+    b'[5, "digest", 7, null, {}]',
+]
+
+
+@pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
+def test_an_index_that_somebody_else_wrote_is_replaced(run: str, store: Any, content: bytes) -> None:
+    ref = store.put("p.e0", make_sample(1))
+    [index] = [key for key in sample_keys(run) if "/i/" in key]
+    with closing(Connection(SERVICE.section())) as connection:
+        connection.remove([index])
+        connection.put([index], [torch.frombuffer(bytearray(content), dtype=torch.uint8)])
+    with suppress(StoreError):
+        assert_same(store.get(ref), make_sample(1))
+    again = store.put("p.e0", make_sample(2))
+    assert 0 < again.generation < MAX_GENERATION
+    assert_same(store.get(again), make_sample(2))
+    store.delete(again)
+    assert index not in sample_keys(run)
+
+
+@pytest.mark.parametrize("content", [b"x", b"\0" * 5000, b"[" * 4000, b"\xff" * 4096])
+@pytest.mark.parametrize("token", [None, "sixteen characters or more"])
+def test_a_proof_that_somebody_else_wrote_lets_nobody_in(
+    run: str, store: Any, content: bytes, token: str | None
+) -> None:
+    store.put("p.e0", make_sample(1))
+    key = f"specforge/{run}/access"
+    with closing(Connection(SERVICE.section())) as connection:
+        connection.remove([key])
+        connection.put([key], [torch.frombuffer(bytearray(content), dtype=torch.uint8)])
+    with pytest.raises(AccessDenied, match=run):
+        SERVICE.store(run, token=token)
+
+
+@pytest.mark.parametrize("shape", [(1 << 62,), (1 << 40, 1 << 40), (1 << 45,), (1 << 50, 0)])
+def test_a_ref_that_claims_much_memory_takes_none(store: Any, shape: tuple[int, ...]) -> None:
+    ref = store.put("p.e0", make_sample(1))
+    spec = FeatureSpec("aux_hidden_states", shape, "float32")
+    hostile = dataclasses.replace(ref, features=(*ref.features[1:], spec))
+    with pytest.raises(StoreError):
+        store.get(hostile)
 
 
 def test_two_processes_never_draw_the_same_generation() -> None:

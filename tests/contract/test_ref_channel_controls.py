@@ -475,6 +475,23 @@ def test_a_channel_that_closes_living_writers_is_rejected() -> None:
     assert_rejected(BrokenSuite, by="test_sealing_leaves_living_writers_open")
 
 
+def test_a_channel_that_follows_planted_links_is_rejected() -> None:
+    class Noting(Wrapped):
+        """Notes who opened it, wherever that name leads."""
+
+        def writer(self, name: str) -> RefWriter:
+            assert isinstance(self.inner, FileChannel)
+            writer = super().writer(name)
+            with (self.inner._directory() / "writers.txt").open("a") as file:
+                file.write(f"{name}\n")
+            return writer
+
+    class BrokenSuite(WrappedSuite):
+        channel_class = Noting
+
+    assert_rejected(BrokenSuite, by="test_a_planted_link_leads_nowhere")
+
+
 def test_a_desk_of_each_openers_own_is_rejected() -> None:
     class Apart(Wrapped):
         def leases(self) -> LeaseDesk:

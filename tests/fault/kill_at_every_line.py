@@ -25,7 +25,7 @@ from specforge_core.features.file_store import FileStore
 from specforge_core.hooks.builtin import FileStoreConfig
 from specforge_core.testing.samples import assert_same, make_sample
 
-MODULES = ("file_store.py", "store_counts.py", "store_aside.py", "store_access.py")
+MODULES = ("file_store.py", "sample_place.py", "store_counts.py", "store_aside.py", "store_access.py")
 OLD, NEW = 1, 2
 
 

@@ -233,6 +233,48 @@ def test_a_writer_that_died_before_the_reader_came_is_noticed_in_time(tmp_path: 
     reader.close()
 
 
+def test_a_file_whose_writer_never_began_holds_up_nobody_for_long(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its process was killed, or its disk full, before it said who it is; nobody has the file locked."""
+    refs = published(tmp_path)
+    (tmp_path / "gone.refs").touch()
+    (tmp_path / "torn\x1b[31m.refs").write_bytes(b"V 0000")
+    begun = time.monotonic()
+    open_channel(tmp_path, writer_timeout_seconds=60).seal()
+    assert time.monotonic() - begun < 10
+    assert "waiting" in caplog.text
+    assert "'gone'" in caplog.text
+    assert "\x1b" not in caplog.text
+    reader = open_channel(tmp_path).reader()
+    assert read_all(reader, len(refs)) == refs
+    assert reader.drained
+    reader.close()
+
+
+def test_a_writer_of_another_machine_is_waited_for_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    version = frame("V", ["specforge refs", 2])
+    for number in range(5):
+        opened = frame("O", ["elsewhere", 1, "another kernel:1"])
+        (tmp_path / f"far-{number}.refs").write_bytes(version + opened)
+    open_channel(tmp_path, writer_timeout_seconds=0.3).seal()
+    assert "writer 'far-0', 'far-1', 'far-2' and 2 more" in caplog.text
+    assert all((tmp_path / f"far-{number}.refs").read_bytes().endswith(frame("C", None)) for number in range(5))
+
+
+def test_nobody_is_waited_for_where_all_are_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    published(tmp_path)
+    open_channel(tmp_path).writer("living").publish([make_ref(0)])
+    process = start_writer(tmp_path, "killed", 0, 5, end="wait")
+    wait_for(process, "published")
+    process.kill()
+    finish(process)
+    begun = time.monotonic()
+    open_channel(tmp_path).seal()
+    assert time.monotonic() - begun < 2
+    assert caplog.text == ""
+
+
 def test_a_killed_reader_is_noticed_by_the_writer(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from specforge_core.contracts import PartContext\n"

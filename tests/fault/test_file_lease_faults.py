@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from specforge_core.contracts import CaptureBatch, ChannelError, Lease, LeaseDesk, PartContext, PeerDied
 from specforge_core.features.file_channel import FileChannel
-from specforge_core.features.record_file import RecordTail, frame
+from specforge_core.features.record_file import Record, RecordTail, frame
 from specforge_core.hooks.builtin import FileChannelConfig
 from specforge_core.testing.ref_channel_suite import read_all
 from specforge_core.testing.samples import make_ref
@@ -36,11 +36,12 @@ channel = FileChannel(config, PartContext(run_id="run", directory=directory))
 writer, desk = channel.writer(name), channel.leases()
 def publish(batch, offsets):
     writer.publish([make_ref(batch.first + offset) for offset in offsets])
-if what == "half":
+if what in ("half", "whole"):
     lease = desk.take(name, 30)
     publish(lease.batch, range(2))
-    whole = (directory / (name + ".refs")).read_bytes().splitlines(keepends=True)[-1]
-    os.write(writer._file._file.fileno(), whole[:-5])
+    if what == "half":
+        whole = (directory / (name + ".refs")).read_bytes().splitlines(keepends=True)[-1]
+        os.write(writer._file._file.fileno(), whole[:-5])
     print("half", flush=True)
     sys.stdin.readline()
     publish(lease.batch, range(2, 4))
@@ -140,21 +141,66 @@ def test_a_new_session_knows_at_once_that_the_holder_is_dead(tmp_path: Path, sta
     reader.close()
 
 
-def test_a_stopped_holder_keeps_its_lease(tmp_path: Path, start: Start) -> None:
+def test_a_stopped_holder_is_passed_over_and_does_no_harm_when_it_goes_on(tmp_path: Path, start: Start) -> None:
     channel = open_channel(tmp_path)
     desk, writer, reader = channel.leases(), channel.writer("other"), channel.reader()
-    desk.offer([batch(0)])
-    stopped = start("stopped", "half")
+    desk.offer([batch(0), batch(1)])
+    stopped = start("stopped", "whole")
     wait_for(stopped, "half")
     stopped.send_signal(signal.SIGSTOP)
-    assert desk.take("other", 1.5) is None  # three times as long as a silent writer has
-    channel.seal()
+    lease = take(desk, "other")
+    assert lease.batch == batch(1)
+    desk.finish(lease)
+    begun = time.monotonic()
+    lease = take(desk, "other")  # its lock is held all the while
+    assert (lease.batch, lease.attempt) == (batch(0), 2)
+    assert 0.4 < time.monotonic() - begun < 10
+    writer.publish([make_ref(number, generation=2) for number in range(4)])
+    assert stopped.stdin is not None
+    stopped.stdin.write("go on\n")
+    stopped.stdin.flush()
     stopped.send_signal(signal.SIGCONT)
-    stopped.kill()
-    assert take(desk, "other").attempt == 2
+    wait_for(stopped, "done")  # it published the rest, and finished a lease that was not its own any more
+    assert desk.outstanding() == [batch(0)]
+    desk.finish(lease)
+    assert desk.outstanding() == []
+    stopped.wait(DEADLINE_SECONDS)
     writer.close()
+    refs = read_all(reader, 8)
+    assert len(set(refs)) == 8
+    assert reader.drained
     reader.close()
     desk.close()
+
+
+def test_a_machine_that_stood_still_takes_nobody_for_stalled(tmp_path: Path, start: Start) -> None:
+    """Holder and taker are stopped together for four times as long as a silent writer has, and go on together."""
+    channel = open_channel(tmp_path)
+    desk, reader = channel.leases(), channel.reader()
+    desk.offer([batch(0)])
+    holder = start("holder", "whole")
+    wait_for(holder, "half")
+    taker = start("taker", "all")
+    wait_for(taker, "begun")
+    time.sleep(0.3)
+    for process in (holder, taker):
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(2.0)
+    for process in (taker, holder):
+        process.send_signal(signal.SIGCONT)
+    time.sleep(1.0)
+    assert {record.kind for record in log_records(tmp_path)} == {"V", "B", "T"}
+    desk.end("the test is over")
+    reader.close()
+
+
+def log_records(directory: Path) -> list[Record]:
+    tail = RecordTail(directory / "leases.log")
+    log = []
+    while records := tail.read():
+        log += records
+    tail.close()
+    return log
 
 
 def test_holders_that_are_killed_again_and_again_lose_nothing(tmp_path: Path, start: Start) -> None:
@@ -181,13 +227,8 @@ def test_holders_that_are_killed_again_and_again_lose_nothing(tmp_path: Path, st
         assert time.monotonic() < deadline
         refs += reader.poll(100, 0.1)
     assert {ref.prompt_id for ref in refs} == {f"prompt-{number}" for number in range(600)}
-    tail = RecordTail(tmp_path / "leases.log")
-    log = []
-    while records := tail.read():
-        log += records
-    finished = Counter(record.body() for record in log if record.kind == "F")
+    finished = Counter(record.body() for record in log_records(tmp_path) if record.kind == "F")
     assert finished == Counter(offer.key for offer in offered)
-    tail.close()
     reader.close()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +42,18 @@ writer = channel.writer(name)
 print(channel.leases().take(name, 10.0).batch.key, flush=True)
 time.sleep(60)
 """
+STOPPED_HOLDER = HOLDER.replace(
+    "print(channel.leases().take(name, 10.0).batch.key, flush=True)\ntime.sleep(60)",
+    """desk = channel.leases()
+lease = desk.take(name, 10.0)
+print(lease.batch.key, flush=True)
+sys.stdin.readline()
+from specforge_core.testing.samples import make_ref
+writer.publish([make_ref(0)])
+desk.finish(lease)
+print("finished", flush=True)
+time.sleep(60)""",
+)
 
 
 @pytest.fixture
@@ -260,6 +273,36 @@ def test_the_lease_of_a_killed_process_comes_back(service: RedisService) -> None
     reader.close()
 
 
+def test_a_stopped_process_is_passed_over_and_does_no_harm_when_it_goes_on(service: RedisService) -> None:
+    run = fresh_run()
+    channel = service.channel(run)
+    reader, desk, writer = channel.reader(), channel.leases(), channel.writer("capture-0")
+    desk.offer([batch(0)])
+    command = [sys.executable, "-c", STOPPED_HOLDER, service.url, run, "stopped"]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == batch(0).key
+        holder.send_signal(signal.SIGSTOP)
+        lease = desk.take("capture-0", DEADLINE)
+        assert lease is not None
+        assert (lease.batch, lease.attempt) == (batch(0), 2)
+        holder.stdin.write("go on\n")
+        holder.stdin.flush()
+        holder.send_signal(signal.SIGCONT)
+        assert holder.stdout.readline().strip() == "finished"
+        assert desk.outstanding() == [batch(0)], "it finished a lease that was not its own any more"
+        desk.finish(lease)
+        assert desk.outstanding() == []
+        assert reader.poll(10, 5.0) == [make_ref(0)], "what it published late is there, for training to free"
+    finally:
+        holder.kill()
+        holder.communicate(timeout=DEADLINE)
+    writer.close()
+    reader.close()
+
+
 def test_the_lease_of_a_killed_process_comes_back_though_the_servers_clock_went_back(service: RedisService) -> None:
     """Its last heartbeat then ends a day from now, by the new clock."""
     run = fresh_run()
@@ -397,6 +440,12 @@ GARBAGE: list[dict[str, bytes]] = [
     {"w": b"a", "l": b"[]", "r": b"[" * 100_000},
     {"w": b"a", "l": b"{}", "r": b"{}"},
     {"w": b"a", "l": b"\xff\xfe", "r": b"\xff"},
+    {"w": b"a", "l": b"[" * 100_000, "r": b"[]"},
+    {"w": b"a", "l": b'[["s",[["x",["float32"],null,[1]]]]]', "r": b"[]"},
+    {"w": b"a", "l": b'[["s",[["x","float32",{},[1]]]]]', "r": b"[]"},
+    {"w": b"a", "l": b'[["s",[["x","float32",null,[1]]]]]', "r": b'[0,["p"],0,1,' + b"9" * 5000 + b"]"},
+    {"w": b"a", "l": b'[["s",[["x","float32",null,[1]]]]]', "r": b'[0,["p"],0,1,' + b"9" * 20 + b"]"},
+    {"w": b"a", "l": b"[]", "r": b" " * (9 << 20)},
 ]
 
 
@@ -429,6 +478,102 @@ def test_a_batch_that_no_desk_offered_is_refused(service: RedisService) -> None:
     with pytest.raises(ChannelError, match="not written by a desk"):
         desk.outstanding()
     desk.close()
+
+
+KEYS = ("meta", "refs", "writers", "open", "sealed", "failed", "alive", "acked", "batches", "waiting", "held")
+PLANTS: list[tuple[str, str, Callable[[Any, str], object]]] = [
+    *((key, "a text", lambda client, name: client.set(name, "x")) for key in KEYS),
+    *((key, "a list", lambda client, name: client.rpush(name, "x")) for key in KEYS),
+    *(
+        ("meta", f"{field}={value[:8]!r}", lambda client, name, f=field, v=value: client.hset(name, f, v))
+        for field in ("refs", "bytes", "failures", "reader_failure", "returned", "offered", "taken", "step")
+        for value in (b"garbage", b"", b"-5", b"1.5", b"1e30", b"9" * 30, b"9" * 5000, b"\xff")
+    ),
+    *(
+        (key, f"{field}={value[:12]!r}", lambda client, name, f=field, v=value: client.hset(name, f, v))
+        for key, field in (
+            ("writers", "capture-0"),
+            ("failed", "capture-0"),
+            ("acked", "1-0"),
+            ("batches", "train.0.0+4"),
+            ("held", "train.0.0+4"),
+        )
+        for value in (
+            b"",
+            b"garbage",
+            b"1 2",
+            b"1 2 3",
+            b"-1 -2 -3",
+            b"1 1 {}",
+            b"1 1 []",
+            b"1 1 " + b"[" * 100_000,
+            b"1 1 " + b"9" * 5000,
+            b"9" * 5000 + b" 1 x y",
+            b"\xff\xfe \xff",
+            b'1 1 {"split":"train","epoch":0,"first":0,"count":1000000000000000000,"wanted":[],"fingerprint":""}',
+            b'1 1 {"split":"train","epoch":0,"first":0,"count":4,"wanted":[9],"fingerprint":""}',
+        )
+    ),
+    ("waiting", "inf", lambda client, name: client.zadd(name, {"no such batch": float("-inf")})),
+    ("alive", "inf", lambda client, name: client.zadd(name, {"w:capture-0": float("inf"), "r:x": float("inf")})),
+]
+
+
+@pytest.fixture(scope="module")
+def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisService]:
+    with redis_service(tmp_path_factory.mktemp("redis")) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("key", "what", "plant"), PLANTS, ids=[f"{key}: {what}" for key, what, _ in PLANTS])
+@pytest.mark.parametrize("early", [True, False], ids=["before", "meanwhile"])
+def test_what_strangers_keep_under_a_runs_keys_is_an_error_or_harmless(
+    shared_service: RedisService, key: str, what: str, plant: Callable[[Any, str], object], early: bool
+) -> None:
+    """Every call ends, at once, with its result or with an error that names the server and the run's keys."""
+    service = shared_service
+    channel = service.channel(fresh_run(), lease_seconds=2.0)
+    name = f"{channel._base}:{key}"
+    client = service.client()
+    errors: list[str] = []
+
+    def attempt(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except ChannelError as error:
+            errors.append(str(error))
+            return None
+
+    if early:
+        plant(client, name)
+    writer, reader, desk = attempt(lambda: channel.writer("capture-0")), attempt(channel.reader), channel.leases()
+    attempt(lambda: desk.offer([batch(0)]))
+    attempt(lambda: writer and writer.publish([make_ref(0), make_ref(1)]))
+    attempt(lambda: reader and reader.poll(1, 0.0))
+    if not early:
+        if what in ("a text", "a list"):
+            client.delete(name)
+        plant(client, name)
+    lease = attempt(lambda: desk.take("capture-0", 0.0))
+    for call in (
+        lambda: writer and writer.publish([make_ref(2)]),
+        lambda: writer and writer.in_flight(),
+        lambda: writer and writer.published(),
+        lambda: reader and reader.poll(10, 0.0),
+        lambda: reader and reader.ack([make_ref(0).sample_id, make_ref(1).sample_id], step=1),
+        lambda: reader and reader.drained,
+        lambda: lease and desk.finish(lease),
+        lambda: desk.take("capture-0", 0.0),
+        desk.outstanding,
+        lambda: channel.seal(),
+        lambda: desk.end("the test is over"),
+        lambda: writer and writer.close(),
+        lambda: reader and reader.close(),
+        lambda: channel.reader().close(),
+    ):
+        attempt(call)
+    desk.close()
+    assert all(channel._base in error for error in errors), errors
 
 
 def test_a_wrong_password_is_denied_and_never_shown(tmp_path: Path) -> None:

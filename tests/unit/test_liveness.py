@@ -26,6 +26,29 @@ def test_liveness(seen: list[tuple[bool, int, float]], expected: list[bool]) -> 
     assert [liveness.is_dead(locked=a, locks_seen=False, heartbeat_ns=b, now=c) for a, b, c in seen] == expected
 
 
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        # heartbeat, now; twelve looks in as many seconds
+        ([(1, n) for n in range(13)], True),
+        ([(1 + n // 4, n) for n in range(13)], False),
+        # it goes on after all
+        ([*((1, n) for n in range(13)), (2, 13)], False),
+        # the watcher itself stood still for an hour, and looks at once when it goes on
+        ([(1, 0), (1, 1), (1, 3600), (1, 3601)], False),
+        # it looks seldom, and nothing moves from look to look
+        ([(1, 60 * n) for n in range(6)], True),
+    ],
+)
+def test_who_keeps_its_lock_and_stands_still_is_stalled_but_not_dead(
+    seen: list[tuple[int, float]], expected: bool
+) -> None:
+    liveness = Liveness(timeout_seconds=10)
+    for beat, now in seen:
+        assert not liveness.is_dead(locked=True, locks_seen=True, heartbeat_ns=beat, now=now)
+    assert liveness.is_stalled is expected
+
+
 def test_where_locks_are_seen_a_free_one_says_enough() -> None:
     assert Liveness(timeout_seconds=10).is_dead(locked=False, locks_seen=True, heartbeat_ns=1, now=0)
     assert not Liveness(timeout_seconds=10).is_dead(locked=True, locks_seen=True, heartbeat_ns=1, now=0)

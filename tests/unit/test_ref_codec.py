@@ -138,12 +138,52 @@ def test_what_no_decoder_would_take_is_not_encoded(change: dict[str, Any], error
         [0, ["p"], 0, 1, 3, None, None],
         [0, ["p", "q"], 0, 1, 3, None, ["s"]],
         [0, ["p"], 0, 1, 3, None, {"s": 1}],
+        [0, ["p"], 2**63, 1, 3],
+        [0, ["p"], 0, 10**4000, 3],
+        [0, ["p", "q"], 0, 1, [3, 2**63]],
     ],
 )
 def test_a_malformed_batch_is_refused(record: Any) -> None:
     decoder = decoder_of(RefEncoder().encode_batch([PLAIN])[0])
     with pytest.raises(ValueError, match=r"ref|counts|list|recorded"):
         decoder.decode_batch(record)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        None,
+        7,
+        "ab",
+        {},
+        {"s": 1, "abcd": 2},
+        [],
+        ["s"],
+        ["s", None],
+        ["s", "abcd"],
+        ["s", {"abcd": 1}],
+        ["s", [], []],
+        [None, []],
+        [["s"], []],
+        ["s", [7]],
+        ["s", ["abcd"]],
+        ["s", [["x", "float32", None]]],
+        *(["s", [[name, "float32", None, [1]]]] for name in (None, 7, [], {})),
+        *(["s", [["x", dtype, None, [1]]]] for dtype in (None, 7, ["float32"], {}, "complex64")),
+        *(["s", [["x", "float32", norm, [1]]]] for norm in (7, [], {}, "mid", False)),
+        *(["s", [["x", "float32", None, shape]]] for shape in (None, 7, "3", {"3": 3}, [[3]], [{}], ["3"], [True])),
+        *(["s", [["x", "float32", None, shape]]] for shape in ([-1], [1.0], [10**30], [2**63], [None, 2**41], [1] * 9)),
+        ["s", [["x", "float32", None, [0, 10**30]]]],
+        ["s", [["x", "float32", None, [2**20, 2**20, 2**20]]]],
+        ["s", [["x", "float32", None, [1] * 100_000]]],
+    ],
+    ids=lambda record: repr(record)[:40],
+)
+def test_a_hostile_layout_is_refused(record: Any) -> None:
+    decoder = RefDecoder()
+    with pytest.raises(ValueError, match=r".+"):
+        decoder.add_layout(as_read(record))
+    assert decoder.layouts == []
 
 
 @pytest.mark.parametrize("record", [None, [], [0], [0, ["p"], 0, 1, 3], [[0], "p", 0, 1, 3], [0, "p", 0, 1]])

@@ -29,7 +29,7 @@ from specforge_core.contracts.errors import (
     TargetError,
 )
 from specforge_core.contracts.feature_store import FeatureStore, StoreCapabilities, Usage
-from specforge_core.contracts.leases import CaptureBatch, Lease, LeaseDesk, Split
+from specforge_core.contracts.leases import CaptureBatch, Lease, LeaseDesk, Split, read_batch
 from specforge_core.contracts.metrics import Ratio, simulated_acceptance_length, sum_ratios
 from specforge_core.contracts.part_context import PartContext
 from specforge_core.contracts.progress import Progress, SilentProgress
@@ -141,6 +141,7 @@ __all__ = [
     "describe_sample",
     "held_out_sample_id",
     "locate",
+    "read_batch",
     "sample_id",
     "sign",
     "simulated_acceptance_length",

@@ -10,8 +10,10 @@ do in an error of its own.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
+import logging
 import os
 import secrets
 import stat
@@ -22,6 +24,8 @@ from typing import Any
 
 from specforge_core.contracts.errors import SpecForgeError
 
+_log = logging.getLogger(__name__)
+
 MAX_JSON_DEPTH = 100
 """Lists and objects inside each other: no file of ours has ten, and code that walks a value calls itself as deep."""
 
@@ -29,16 +33,18 @@ MAX_JSON_BYTES = 64 << 20
 """The longest JSON document that is read: the index of a checkpoint of a hundred thousand tensors has some 20 MB."""
 
 
-def open_regular(path: Path | str, flags: int, mode: int = 0o666) -> int:
+def open_regular(path: Path | str, flags: int, mode: int = 0o664, *, dir_fd: int | None = None) -> int:
     """``os.open`` of a regular file. A link, pipe, device or directory in its place is refused and not waited for.
 
     Only the last part of ``path`` is looked at: directories above it are chosen by whoever configured them.
 
+    :param mode: of a file that is made: a group may share it where the umask says so, every user may not write it.
+    :param dir_fd: an open directory that ``path`` is a name in (see ``open_directory``).
     :raises OSError: it cannot be opened; it is not a regular file; it is to be written and has a second name (a hard
         link), so that writing would change a file elsewhere.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
             raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here", str(path)) from None
@@ -63,9 +69,39 @@ def make_directory(path: Path) -> None:
 
     :raises OSError: it cannot be made, or a link or a file is in its place.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o775, parents=True, exist_ok=True)
+    refuse_link(path)
+
+
+def refuse_link(path: Path) -> None:
+    """:raises OSError: ``path`` is a symbolic link."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here", str(path))
+
+
+def open_directory(path: Path) -> int:
+    """A descriptor of a directory: names opened in it (``dir_fd``) cannot be led elsewhere any more.
+
+    :raises OSError: it is not there, or a link or a file is in its place.
+    """
+    refuse_link(path)  # the message: the kernel calls a link that is not followed no directory
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+@functools.cache
+def warn_where_anybody_writes(directory: Path, what: str) -> None:
+    """Say once per process what follows where every user of the machine may write into a directory.
+
+    :param what: is kept there, in words.
+    """
+    with suppress(OSError):  # it is not there yet: then it will be made, for its owner and group
+        if directory.stat().st_mode & stat.S_IWOTH:
+            _log.warning(
+                "%s: every user of this machine may write there, and so plant, replace and remove %s; "
+                "chmod o-w, or choose a directory of your own",
+                directory,
+                what,
+            )
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:

@@ -9,9 +9,9 @@ process held comes back. Refs and leases travel over the same channel but do not
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "eval"]
 
@@ -44,6 +44,29 @@ class CaptureBatch:
     def offsets(self) -> Sequence[int]:
         """The offsets that are wanted."""
         return self.wanted or range(self.count)
+
+
+_MOST_PROMPTS = 1 << 20
+"""Of one prefill; no device holds the hidden states of a million prompts."""
+_MOST_PLACES = 1 << 53
+
+
+def read_batch(fields: Mapping[str, Any]) -> CaptureBatch:
+    """The batch that a channel kept, field by field; whoever writes into the channel can have made it.
+
+    :raises ValueError: no desk can have been offered this.
+    """
+    if {*fields} != {"split", "epoch", "first", "count", "wanted", "fingerprint"} or type(fields["wanted"]) is not list:
+        raise ValueError("not the fields of a batch")
+    batch = CaptureBatch(**{**fields, "wanted": tuple(fields["wanted"])})
+    if batch.split not in ("train", "eval") or type(batch.fingerprint) is not str:
+        raise ValueError("neither split nor fingerprint of a batch")
+    numbers = (batch.epoch, batch.first, batch.count, *batch.wanted)
+    if not all(type(n) is int and 0 <= n <= _MOST_PLACES for n in numbers) or batch.count > _MOST_PROMPTS:
+        raise ValueError("epoch, first and count of a batch are counts")
+    if any(offset >= batch.count for offset in batch.wanted) or len({*batch.wanted}) < len(batch.wanted):
+        raise ValueError("what is wanted of a batch is not in it")
+    return batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

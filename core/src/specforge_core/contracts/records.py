@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from specforge_core.contracts.errors import StoreError
 
@@ -75,6 +75,19 @@ class FeatureSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+_MOST_DIMENSIONS = 8
+_MOST_ELEMENTS = 1 << 40
+"""A sample of a hundred million tokens and ten thousand values each has a trillion; in bytes it fits 64 bits."""
+
+
+def is_plausible_shape(dimensions: Sequence[Any]) -> bool:
+    """Whether a tensor may have this shape: what others wrote can name one whose size no library computes."""
+    if len(dimensions) > _MOST_DIMENSIONS or not all(type(n) is int and 0 <= n <= _MOST_ELEMENTS for n in dimensions):
+        return False
+    elements: int = math.prod(max(n, 1) for n in dimensions)
+    return elements <= _MOST_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True)

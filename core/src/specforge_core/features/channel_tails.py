@@ -7,6 +7,7 @@ Kinds of records: ``V`` format and version (first), ``O`` opened, ``L`` layout, 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,10 @@ _VERSION = ["specforge refs", 3]
 VERSION_FRAME = frame("V", _VERSION)
 WRITER_SUFFIX = ".refs"
 READER_SUFFIX = ".acks"
+_LOOK_SECONDS = 1.0
+"""Between looks at whether an owner ended: each takes a lock, which on a network mount is a question to its server."""
+_MAX_REASON = 4000
+"""Characters of a reason that are shown: an error and where it was raised; whoever writes the file could write more."""
 
 
 class _OwnedTail:
@@ -38,14 +43,26 @@ class _OwnedTail:
         self._domain = ""
         self.state: Literal["opened", "closed", "failed"] = "opened"
         self.failure: str | None = None
+        self._rests = False
+        self._look_again = 0.0
+        self.is_dead()  # its lock must have been seen once
 
     @property
     def owner(self) -> str:
         return self.path.stem
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything complete is in the file: its owner says who it is with the first records."""
+        return self._versioned
+
     def is_dead(self) -> bool:
         """Whether its owner's process ended, as far as can be seen now."""
-        return self._watch.is_dead(domain=self._domain)
+        if self._rests and not self._tail.has_news:
+            return True
+        dead = self._watch.is_dead(domain=self._domain)
+        self._let_go()
+        return dead
 
     def lives(self) -> bool:
         """Whether its owner may still add to it."""
@@ -53,15 +70,34 @@ class _OwnedTail:
 
     def ends_closed(self) -> bool:
         """Whether the last record says that the owner closed it; tells before everything is read."""
-        return self.process.last_kind() == "C"
+        closed = self.process.last_kind() == "C"
+        self._let_go()
+        return closed
 
     def close(self) -> None:
         self._tail.close()
 
     def _read(self) -> Iterator[list[Record]]:
         """What is new, piece by piece: records of the kinds that only one side writes; the state is taken in here."""
-        while records := self._tail.read():
+        while self._tail.has_news and (records := self._tail.read()):
+            self._let_go()
             yield [record for record in records if not self._is_state(record)]
+        self._rest_if_ended()
+
+    def _rest_if_ended(self) -> None:
+        """Everything was read: an owner that ended is not looked at again before its file changes."""
+        if not self._rests or self._tail.has_news:
+            now = time.monotonic()
+            if self.state == "closed" or now >= self._look_again:
+                self._look_again = now + _LOOK_SECONDS
+                self._rests = not self.lives()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """A run of days has thousands of owners that ended, more than a process may have files open. So a file that
+        nobody keeps locked is open only while it is looked at."""
+        if not self._watch.was_locked:
+            self._tail.close()
 
     def _is_state(self, record: Record) -> bool:
         if not self._versioned:
@@ -72,7 +108,7 @@ class _OwnedTail:
             return False
         body = record.body()
         self.state = {"O": "opened", "C": "closed", "F": "failed"}[record.kind]  # type: ignore[assignment]
-        self.failure = str(body) if record.kind == "F" and record.offset >= self._past else None
+        self.failure = str(body)[:_MAX_REASON] if record.kind == "F" and record.offset >= self._past else None
         if record.kind == "O" and type(body) is list and len(body) == 3:
             self._domain = str(body[2])
         return True
@@ -133,11 +169,20 @@ class ReaderTail(_OwnedTail):
         for records in self._read():
             for record in records:
                 body = record.body()
-                if record.kind != "A" or type(body) is not list or len(body) != 2:
+                if record.kind != "A" or not _is_ack(body):
                     raise record.malformed("not an ack")
-                yield from ((str(sample_id), int(generation)) for sample_id, generation in body[1])
+                yield from ((sample_id, generation) for sample_id, generation in body[1])
 
     def read_state(self) -> None:
         """Take in what the owner says of itself; its acks are left to another view of the file."""
         for _ in self._read():
             pass
+
+
+def _is_ack(body: Any) -> bool:
+    """A step, and sample ids with generations."""
+    return (
+        type(body) is list
+        and [*map(type, body)] == [int, list]
+        and all(type(ack) is list and [*map(type, ack)] == [str, int] for ack in body[1])
+    )

@@ -8,15 +8,18 @@ that the other side notices a process that died. Acks stay, so whoever reads nex
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import ChannelError, PartContext, RefChannel
+from specforge_core.contracts.files import make_directory
 from specforge_core.features.channel_seal import close_abandoned
 from specforge_core.features.channel_tails import WRITER_SUFFIX
 from specforge_core.features.file_leases import FileLeases
 from specforge_core.features.file_ref_reader import FileRefReader
 from specforge_core.features.file_ref_writer import FileRefWriter
 from specforge_core.features.identity import file_name_problem
+from specforge_core.features.shared_directory import SharedDirectory
 
 if TYPE_CHECKING:
     from specforge_core.hooks.builtin import FileChannelConfig
@@ -26,17 +29,17 @@ class FileChannel(RefChannel):
     """A directory of record files."""
 
     def __init__(self, config: FileChannelConfig, context: PartContext) -> None:
-        self._directory = config.path or context.directory / "refs"
+        self._shared = SharedDirectory(config.path, default=context.directory / "refs", holds="refs and leases")
         self._timeout_seconds = config.writer_timeout_seconds
 
     def writer(self, name: str) -> FileRefWriter:
         """:raises ChannelError: a name that cannot be a file's, or one that a living process writes under."""
         problem = file_name_problem(name)
         if problem:
-            raise ChannelError(f"writer {name[:80]!r} cannot name a file: {problem}", where=str(self._directory))
-        path = self._directory / (name + WRITER_SUFFIX)
+            raise ChannelError(f"writer {name[:80]!r} cannot name a file: {problem}", where=str(self._shared.path))
+        path = self._directory() / (name + WRITER_SUFFIX)
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             return FileRefWriter(path, timeout_seconds=self._timeout_seconds)
         except OSError as error:
             raise ChannelError(
@@ -44,14 +47,22 @@ class FileChannel(RefChannel):
             ) from error
 
     def reader(self) -> FileRefReader:
-        return FileRefReader(self._directory, timeout_seconds=self._timeout_seconds)
+        return FileRefReader(self._directory(), timeout_seconds=self._timeout_seconds)
 
     def leases(self) -> FileLeases:
-        return FileLeases(self._directory, timeout_seconds=self._timeout_seconds)
+        return FileLeases(self._directory(), timeout_seconds=self._timeout_seconds)
 
     def seal(self) -> None:
         """May wait as long as a writer may be silent: that is how a death on a machine whose locks are not seen shows.
 
         :raises ChannelError: a file that should be closed cannot be written.
         """
-        close_abandoned(sorted(self._directory.glob(f"*{WRITER_SUFFIX}")), timeout_seconds=self._timeout_seconds)
+        close_abandoned(sorted(self._directory().glob(f"*{WRITER_SUFFIX}")), timeout_seconds=self._timeout_seconds)
+
+    def _directory(self) -> Path:
+        """:raises ChannelError: it is a link that nobody chose."""
+        try:
+            self._shared.check()
+        except OSError as error:
+            raise ChannelError(f"cannot be used: {error.strerror}", where=str(self._shared.path)) from error
+        return self._shared.path

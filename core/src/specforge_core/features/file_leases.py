@@ -10,30 +10,36 @@ Kinds of records: ``V`` format and version (first), ``B`` a batch offered, ``T``
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from specforge_core.contracts import CaptureBatch, ChannelError, Lease, LeaseDesk
+from specforge_core.contracts import CaptureBatch, ChannelError, Lease, LeaseDesk, read_batch
 from specforge_core.features.channel_tails import WRITER_SUFFIX
+from specforge_core.features.followed_file import FollowedFile, OwnerView
+from specforge_core.features.identity import file_name_problem
 from specforge_core.features.lease_book import LeaseBook
 from specforge_core.features.liveness import OwnerWatch
-from specforge_core.features.record_file import OwnerView, Record, frame
+from specforge_core.features.record_file import Record, frame
 from specforge_core.features.shared_log import SharedLog
 
 _LOG_NAME = "leases.log"
 _VERSION = ["specforge leases", 1]
 _VERSION_FRAME = frame("V", _VERSION)
+_BATCH_FIELDS = ("split", "epoch", "first", "count", "wanted", "fingerprint")
 _LOCK_SECONDS = 30.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
+
+_log = logging.getLogger(__name__)
 
 
 class FileLeases(LeaseDesk):
     """Thread-safe; several in one process are as good as several processes.
 
-    :param timeout_seconds: a holder whose lock is not seen is gone once its heartbeat stood still for so long.
+    :param timeout_seconds: a holder is passed over once its heartbeat stood still for so long, whoever has its lock.
     """
 
     def __init__(self, directory: Path, *, timeout_seconds: float) -> None:
@@ -93,7 +99,8 @@ class FileLeases(LeaseDesk):
             where = str(self._directory / (holder + WRITER_SUFFIX))
             raise ChannelError("only an open writer can hold a lease", where=where)
         others = [other for other in self._book.holders if other != holder]
-        self._append([frame("D", other) for other in others if self._is_gone(other, domain=self._domains[other])])
+        gone = [other for other in others if self._is_gone(other, domain=self._domains[other]) or self._stalls(other)]
+        self._append([frame("D", other) for other in gone])
         return self._append([frame("T", [holder, self._log.domain])] if self._book.has_free else [])
 
     def _settle(self, kind: str, lease: Lease) -> None:
@@ -104,15 +111,24 @@ class FileLeases(LeaseDesk):
     def _is_gone(self, holder: str, *, domain: str) -> bool:
         """Whether the holder's process, or just its writer, ended."""
         if holder not in self._watches:
-            try:
-                file = (self._directory / (holder + WRITER_SUFFIX)).open("rb", buffering=0)
-            except FileNotFoundError:
+            path = self._directory / (holder + WRITER_SUFFIX)
+            if not path.exists():
                 return True
-            self._watches[holder] = OwnerWatch(OwnerView(file), timeout_seconds=self._timeout_seconds)
+            self._watches[holder] = OwnerWatch(OwnerView(FollowedFile(path)), timeout_seconds=self._timeout_seconds)
         watch = self._watches[holder]
         # Where its lock was never seen, the file of a writer that closed says so.
         closed = not watch.owner.is_locked() and watch.owner.last_kind() in ("C", "F")
         return closed or watch.is_dead(domain=domain)
+
+    def _stalls(self, holder: str) -> bool:
+        """Whether the holder's process lives and stands still: a stopped one, or one that hangs on its file system.
+
+        Its batches go to others. If it goes on after all, it finds its lease lost; what it then publishes is surplus.
+        """
+        if not self._watches[holder].is_stalled():
+            return False
+        _log.warning("capture process %s stands still: what it was to capture goes to another one", holder)
+        return True
 
     @contextmanager
     def _operation(self) -> Iterator[None]:
@@ -153,25 +169,28 @@ class FileLeases(LeaseDesk):
             return None
         try:
             return self._apply(record.kind, body)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise record.malformed(str(error)) from error
 
     def _apply(self, kind: str, body: Any) -> Lease | None:
-        """:raises ValueError: not a record of this log (or TypeError)."""
+        """:raises ValueError: not a record of this log."""
         match kind:
             case "B":
                 self._book.offer(_batch(body))
             case "T":
-                holder, self._domains[holder] = body
+                holder, domain = _texts(body, count=2)
+                if problem := file_name_problem(holder):
+                    raise ValueError(f"a holder that cannot name a file: {problem}")
+                self._domains[holder] = domain
                 return self._book.take(holder)
             case "F":
-                self._book.finish(self._held(body))
+                self._book.finish(self._held(*_texts([body], count=1)))
             case "G":
-                self._book.give_back(self._held(body))
+                self._book.give_back(self._held(*_texts([body], count=1)))
             case "D":
-                self._book.drop(body)
+                self._book.drop(*_texts([body], count=1))
             case "E":
-                self._book.end(body)
+                self._book.end(*_texts([body], count=1))
             case _:
                 raise ValueError(f"unknown kind {kind!r}")
         return None
@@ -184,11 +203,18 @@ class FileLeases(LeaseDesk):
 
 
 def _batch_record(batch: CaptureBatch) -> list[Any]:
-    return [batch.split, batch.epoch, batch.first, batch.count, batch.wanted, batch.fingerprint]
+    return [getattr(batch, name) for name in _BATCH_FIELDS]
 
 
 def _batch(record: Any) -> CaptureBatch:
-    split, epoch, first, count, wanted, fingerprint = record
-    return CaptureBatch(
-        split=split, epoch=epoch, first=first, count=count, wanted=tuple(wanted), fingerprint=fingerprint
-    )
+    """:raises ValueError: it is not what ``_batch_record`` makes."""
+    if type(record) is not list or len(record) != len(_BATCH_FIELDS):
+        raise ValueError("not the fields of a batch")
+    return read_batch(dict(zip(_BATCH_FIELDS, record, strict=True)))
+
+
+def _texts(values: Any, *, count: int) -> list[str]:
+    """:raises ValueError: not so many texts."""
+    if type(values) is not list or [*map(type, values)] != [str] * count:
+        raise ValueError("it does not name what it is about")
+    return values

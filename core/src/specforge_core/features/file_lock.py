@@ -8,12 +8,18 @@ import functools
 import os
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Protocol
 
 _PAUSE_SECONDS = 0.002
 
 
-def lock_file(file: IO[Any], *, seconds: float) -> bool:
+class Opened(Protocol):
+    """An open file, whatever kind of object it is."""
+
+    def fileno(self) -> int: ...
+
+
+def lock_file(file: Opened, *, seconds: float) -> bool:
     """Take the exclusive lock of an open file, waiting up to ``seconds``; it is held until the file is closed."""
     deadline = time.monotonic() + seconds
     while True:
@@ -26,12 +32,12 @@ def lock_file(file: IO[Any], *, seconds: float) -> bool:
         time.sleep(_PAUSE_SECONDS)
 
 
-def unlock_file(file: IO[Any]) -> None:
+def unlock_file(file: Opened) -> None:
     """Let go of the lock of a file that stays open."""
     fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def is_locked(file: IO[Any]) -> bool:
+def is_locked(file: Opened) -> bool:
     """Whether somebody else holds the exclusive lock now."""
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -41,7 +47,7 @@ def is_locked(file: IO[Any]) -> bool:
     return False
 
 
-def lock_domain(file: IO[Any]) -> str:
+def lock_domain(file: Opened) -> str:
     """Names one running kernel and one mounted file system: whoever gets the same name sees the file's locks.
 
     Empty where the kernel does not say which one it is; then nothing is known of who sees what.

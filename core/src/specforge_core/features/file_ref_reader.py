@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import threading
 import time
 from collections import deque
@@ -11,12 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from specforge_core.contracts import ChannelError, ChannelFailed, PeerDied, RefReader, SampleRef
+from specforge_core.contracts.files import make_directory
 from specforge_core.features.channel_tails import READER_SUFFIX, VERSION_FRAME, WRITER_SUFFIX, WriterTail
 from specforge_core.features.file_lock import opened_by
 from specforge_core.features.liveness import Heartbeat
 from specforge_core.features.record_file import RecordAppender, frame
 from specforge_core.features.unacked import read_acks
 
+_ACKS_PER_RECORD = 4096
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
@@ -74,9 +76,7 @@ class FileRefReader(RefReader):
     def _find_writers(self, *, told: bool) -> None:
         for path in sorted(self._directory.glob(f"*{WRITER_SUFFIX}")):
             if path not in self._writers:
-                tail = WriterTail(path, timeout_seconds=self._timeout_seconds, told=told)
-                tail.is_dead()  # its lock must have been seen once
-                self._writers[path] = tail
+                self._writers[path] = WriterTail(path, timeout_seconds=self._timeout_seconds, told=told)
 
     def _refresh(self, wanted: int) -> None:
         """Read on. What stands after a record that cannot be read is never delivered: the error comes every time."""
@@ -139,7 +139,8 @@ class FileRefReader(RefReader):
             if self._file is None:
                 self._open_file(needed=False)
             if self._file is not None:
-                self._file.append([frame("A", [step, acked])], durable=False)
+                cut = [acked[first : first + _ACKS_PER_RECORD] for first in range(0, len(acked), _ACKS_PER_RECORD)]
+                self._file.append([frame("A", [step, some]) for some in cut], durable=False)
             for sample_id in held:
                 self._delivered.pop(sample_id, None)
 
@@ -167,9 +168,9 @@ class FileRefReader(RefReader):
 
         A sealed channel is read without one where its directory cannot be written: nobody waits for its acks.
         """
-        path = self._directory / os.urandom(8).hex()
+        path = self._directory / secrets.token_hex(8)  # a name that nobody can have planted
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            make_directory(self._directory)
             self._file = RecordAppender(path)
         except OSError as error:
             if needed:

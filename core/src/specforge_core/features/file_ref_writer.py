@@ -42,7 +42,7 @@ class FileRefWriter(RefWriter):
         try:
             while before.read():
                 pass
-            self._new = self._file.path.stat().st_size == 0
+            self._new = self._file.size == 0
             self._encoder = RefEncoder(before.layouts)
         finally:
             before.close()

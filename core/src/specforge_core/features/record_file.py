@@ -3,6 +3,8 @@
 
 A record is one line: a letter for its kind, a checksum, a JSON value, a newline. A line without its newline was not
 written to its end, or not yet: it is never parsed, and whoever reopens the file to append cuts it off.
+
+Others may write into the directory: a file is opened where it is a file, and a line has an end or is an error.
 """
 
 from __future__ import annotations
@@ -12,24 +14,33 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from specforge_core.contracts import ChannelError
-from specforge_core.contracts.files import sync_directory
-from specforge_core.features.file_lock import is_locked, lock_domain, lock_file
+from specforge_core.contracts.files import open_regular, sync_directory
+from specforge_core.features.file_lock import lock_domain, lock_file
+from specforge_core.features.followed_file import MAX_RECORD_BYTES, FollowedFile, OwnerView, last_newline
 
 _LOCK_SECONDS = 1.0
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True)
 _DECODER = json.JSONDecoder()
 _READ_BYTES = 1 << 18
-_GLANCE_BYTES = 1 << 12
 _PREFIX_BYTES = len("R 00000000 ")
+_TOO_LONG = f"more than {MAX_RECORD_BYTES} bytes without an end"
 
 
 def frame(kind: str, body: object) -> bytes:
-    """One record as it stands in the file."""
+    """One record as it stands in the file.
+
+    :raises ChannelError: it would be longer than what is read.
+    """
     text = _ENCODER.encode(body).encode("ascii")
+    if len(text) > MAX_RECORD_BYTES - _PREFIX_BYTES:
+        raise ChannelError(
+            f"a record of {len(text)} bytes, above {MAX_RECORD_BYTES}", hint="give prompts ids that are shorter"
+        )
     return b"%s %08x %s\n" % (kind.encode("ascii"), _checksum(kind, text), text)
 
 
@@ -58,7 +69,7 @@ class Record(NamedTuple):
             raise self.malformed("its checksum does not match")
         try:
             value, end = _DECODER.raw_decode(text.decode("ascii"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self.malformed(str(error)) from error
         if end != len(text):
             raise self.malformed("more than one value")
@@ -74,12 +85,16 @@ class Record(NamedTuple):
 
 
 class RecordTail:
-    """Reads what was appended since it was last asked; the cost is that of the new records."""
+    """Reads what was appended since it was last asked; the cost is that of the new records.
+
+    :raises ChannelError: the file cannot be opened, or is no file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("rb", buffering=0)
+        self._file = FollowedFile(path)
         self._offset = 0
+        self._read_to_its_end: tuple[int, ...] = ()
         self.owner = OwnerView(self._file)
 
     @property
@@ -87,13 +102,29 @@ class RecordTail:
         """Where the first record that was not read begins."""
         return self._offset
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the file was changed since everything complete in it was read."""
+        return self._file.state() != self._read_to_its_end
+
     def read(self) -> list[Record]:
-        """The next completed records, some :data:`_READ_BYTES` of them; none once everything complete was read."""
-        rest = b""
-        while chunk := os.pread(self._file.fileno(), _READ_BYTES, self._offset + len(rest)):
-            *lines, rest = (rest + chunk).split(b"\n")
-            if lines:
-                return list(self._take(lines))
+        """The next completed records, some :data:`_READ_BYTES` of them; none once everything complete was read.
+
+        :raises ChannelError: a line has no end.
+        """
+        state = self._file.state()
+        if state == self._read_to_its_end:
+            return []
+        pieces: list[bytes] = []
+        length = 0
+        while chunk := os.pread(self._file.fileno(), _READ_BYTES, self._offset + length):
+            pieces.append(chunk)
+            length += len(chunk)
+            if b"\n" in chunk:
+                return list(self._take(b"".join(pieces).split(b"\n")[:-1]))
+            if length > MAX_RECORD_BYTES:
+                raise Record(self.path, self._offset, b"").malformed(_TOO_LONG)
+        self._read_to_its_end = state
         return []
 
     def _take(self, lines: list[bytes]) -> Iterator[Record]:
@@ -102,50 +133,11 @@ class RecordTail:
             self._offset += len(line) + 1
 
     def close(self) -> None:
-        self._file.close()
+        """Give up the descriptor; reading on, or looking at the owner, opens the file again."""
+        self._file.let_go()
 
 
-class OwnerView:
-    """What can be seen of the process that keeps a record file open, without reading the file."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def is_locked(self) -> bool:
-        """Whether it is alive, as far as the file system tells."""
-        return is_locked(self._file)
-
-    def sees_locks_of(self, domain: str) -> bool:
-        """Whether a process that found itself in ``domain`` (see ``lock_domain``) cannot hold the file unseen."""
-        return bool(domain) and lock_domain(self._file) == domain
-
-    def heartbeat_ns(self) -> int:
-        """When the file was last written or touched, by the clock of whoever keeps it."""
-        return os.fstat(self._file.fileno()).st_mtime_ns
-
-    def size(self) -> int:
-        """Bytes."""
-        return os.fstat(self._file.fileno()).st_size
-
-    def last_kind(self) -> str:
-        """The kind of the last completed record; empty where there is none."""
-        end = _last_newline(self._file, self.size())
-        begin = _last_newline(self._file, end - 1) if end else 0
-        return os.pread(self._file.fileno(), 1, begin).decode("latin-1") if end else ""
-
-
-def _last_newline(file: IO[bytes], end: int) -> int:
-    """The offset after the last newline before ``end``; 0 where there is none."""
-    while end > 0:
-        begin = max(0, end - _GLANCE_BYTES)
-        newline = os.pread(file.fileno(), end - begin, begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        end = begin
-    return 0
-
-
-def append_whole(file: IO[bytes], content: bytes, *, size: int, durable: bool) -> int:
+def append_whole(file: FileIO, content: bytes, *, size: int, durable: bool) -> int:
     """Append to a file of ``size`` bytes, all or nothing; its new size.
 
     :raises ChannelError: no room on the disk; the file is as it was.
@@ -163,33 +155,56 @@ def append_whole(file: IO[bytes], content: bytes, *, size: int, durable: bool) -
     return size + len(content)
 
 
+def open_to_append(path: Path) -> FileIO:
+    """:raises OSError: it cannot be opened, or is no file."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    return FileIO(str(path), "a+b", opener=lambda name, _: open_regular(name, flags))
+
+
 class RecordAppender:
     """Appends records to a file that it keeps locked until it is closed.
 
-    :raises ChannelError: another process, or another appender here, has the file open.
+    :raises ChannelError: another process, or another appender here, has the file open; its last line has no end.
+    :raises OSError: it cannot be opened, or is no file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         created = not path.exists()
-        self._file = path.open("ab", buffering=0)
-        if not lock_file(self._file, seconds=_LOCK_SECONDS):
+        self._file = open_to_append(path)
+        try:
+            if not lock_file(self._file, seconds=_LOCK_SECONDS):
+                raise ChannelError(
+                    "somebody else is writing this file",
+                    where=str(path),
+                    hint="give every capture process its own name",
+                )
+            if created:
+                sync_directory(path.parent)
+            self._size = self._cut_torn_record()
+        except BaseException:
             self._file.close()
-            raise ChannelError(
-                "somebody else is writing this file", where=str(path), hint="give every capture process its own name"
-            )
-        if created:
-            sync_directory(path.parent)
-        self._size = self._cut_torn_record()
+            raise
 
     def _cut_torn_record(self) -> int:
         """Cut off what a process that died in mid-append left after the last newline."""
         size = os.fstat(self._file.fileno()).st_size
-        with self.path.open("rb", buffering=0) as file:
-            end = _last_newline(file, size)
+        end = last_newline(self._file, size)
+        if end is None:
+            raise Record(self.path, size, b"").malformed(_TOO_LONG)
         if end != size:
             os.ftruncate(self._file.fileno(), end)
         return end
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self._size
+
+    @property
+    def last_kind(self) -> str:
+        """See ``OwnerView.last_kind``."""
+        return OwnerView(self._file).last_kind()
 
     def append(self, frames: Sequence[bytes], *, durable: bool) -> None:
         """Append records as one piece, all or none, and sync them once where they must outlive the machine.
@@ -200,16 +215,22 @@ class RecordAppender:
 
     def rename(self, path: Path) -> None:
         """Give the file its name, once what it begins with is written."""
-        self.path = self.path.rename(path)
+        self.path = self.path.rename(path)  # what was planted under the name is replaced, not written
 
     @property
     def domain(self) -> str:
         """Who sees the lock: see ``lock_domain``."""
         return lock_domain(self._file)
 
-    def beat(self) -> None:
-        """Show those who do not see the lock that this process lives."""
+    def beat(self) -> bool:
+        """Show others that this process lives. Whether the file's time moved by that: not every file system's does."""
+        before = os.fstat(self._file.fileno()).st_mtime_ns
         os.utime(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_mtime_ns != before
+
+    def device(self) -> int:
+        """The file system that it is on."""
+        return os.fstat(self._file.fileno()).st_dev
 
     def close(self) -> None:
         self._file.close()

@@ -22,6 +22,7 @@ from operator import attrgetter
 from typing import Any
 
 from specforge_core.contracts import DTYPE_BYTES, FeatureSpec, SampleRef, check_metadata_only, sample_id
+from specforge_core.contracts.records import is_plausible_shape
 
 Layout = tuple[str, tuple[tuple[str, str, str | None, tuple[int | None, ...]], ...]]
 _Content = tuple[str, int, tuple[tuple[Any, ...], ...]]
@@ -236,5 +237,6 @@ def _column(field: Any, size: int, types: frozenset[type]) -> list[Any]:
 
 def _is_entry(entry: tuple[Any, ...]) -> bool:
     name, dtype, norm, shape = entry
-    dimensions = all(n is None or (type(n) is int and n >= 0) for n in shape)
-    return type(name) is str and dtype in DTYPE_BYTES and norm in (None, "pre", "post") and dimensions
+    texts = type(name) is str and type(dtype) is str and (norm is None or type(norm) is str)
+    known = texts and dtype in DTYPE_BYTES and norm in (None, "pre", "post")
+    return known and is_plausible_shape([1 if n is None else n for n in shape])

@@ -27,6 +27,7 @@ from specforge_core.contracts import (
     Sample,
     StoreError,
 )
+from specforge_core.contracts.records import is_plausible_shape
 from specforge_core.features.owned_memory import empty_tensor
 from specforge_core.features.pieces import cut, raw_bytes
 
@@ -37,6 +38,9 @@ _FORMAT = "2"
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_VECTORS = 1024
 _GENERATION_DIGITS = 19
+MAX_GENERATION = 1 << 62
+"""The highest that is read: a million puts a second would take a hundred thousand years to get there, and it can be
+counted on from in 64 bits."""
 _NO_CHECKSUM = "0" * len(xxh3_64().hexdigest())
 _FILE_DTYPES = {
     "float64": "F64",
@@ -171,9 +175,16 @@ def read_header(descriptor: int, *, where: str) -> SampleHeader:
     if len(text) < length:
         text += os.pread(descriptor, length - len(text), 8 + len(text))
     try:
-        return _parse_header(json.loads(text), data_start=8 + length)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FeatureCorrupt(f"malformed header: {error!r}", where=where, hint=_CAPTURE_AGAIN) from error
+        return _parse_header(json.loads(text, object_pairs_hook=_without_duplicates), data_start=8 + length)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FeatureCorrupt(f"malformed header: {error!r:.200}", where=where, hint=_CAPTURE_AGAIN) from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return entries
 
 
 def check_length(descriptor: int, header: SampleHeader, *, where: str) -> None:
@@ -184,32 +195,53 @@ def check_length(descriptor: int, header: SampleHeader, *, where: str) -> None:
         raise FeatureCorrupt(f"{size} bytes where the header says {expected}", where=where, hint=_CAPTURE_AGAIN)
 
 
-def _parse_header(entries: dict[str, Any], *, data_start: int) -> SampleHeader:
-    metadata: Mapping[str, str] = entries.pop("__metadata__")
+def _parse_header(entries: Any, *, data_start: int) -> SampleHeader:
+    """:raises ValueError: not a sample's header (or KeyError or TypeError)."""
+    if type(entries) is not dict:
+        raise ValueError("it is no table")
+    metadata = entries.pop("__metadata__")
+    if type(metadata) is not dict or {*map(type, metadata.values())} != {str}:
+        raise ValueError("its metadata is no table of texts")
     if metadata["specforge"] != _FORMAT:
         raise ValueError(f"sample format {metadata['specforge']}, this version reads {_FORMAT}")
     norm = _NORMS[metadata["norm"]]
     specs = []
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1]["data_offsets"], item[0])):
-        shape = tuple(entry["shape"])
-        if not all(type(n) is int and n >= 0 for n in shape):
-            raise ValueError(f"shape {shape} of {name}")
-        spec = FeatureSpec(name, shape, _DTYPES[entry["dtype"]], norm if name == LAST_HIDDEN_STATES else None)
-        if entry["data_offsets"] != [end, end + spec.nbytes]:
+        spec = FeatureSpec(name, _shape(entry["shape"]), _DTYPES[entry["dtype"]], norm if _has_norm(name) else None)
+        begin, after = entry["data_offsets"]
+        if (type(begin), type(after), begin, after) != (int, int, end, end + spec.nbytes):
             raise ValueError(f"offsets of {name}")
         end += spec.nbytes
         specs.append(spec)
     return SampleHeader(
         sample_id=metadata["sample_id"],
-        generation=int(metadata["generation"]),
+        generation=_count(metadata["generation"]),
         prompt_id=metadata["prompt_id"],
-        epoch=int(metadata["epoch"]),
+        epoch=_count(metadata["epoch"]),
         norm=norm,
         specs=tuple(specs),
         checksum=metadata["checksum"],
         data_start=data_start,
     )
+
+
+def _has_norm(name: str) -> bool:
+    return name == LAST_HIDDEN_STATES
+
+
+def _shape(dimensions: Any) -> tuple[int, ...]:
+    if type(dimensions) is not list or not is_plausible_shape(dimensions):
+        raise ValueError(f"the shape {dimensions!r:.80}")
+    return tuple(dimensions)
+
+
+def _count(text: str) -> int:
+    """A number as ``encode_sample`` writes it: digits, no sign, no underscore."""
+    count = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= count <= MAX_GENERATION:
+        raise ValueError(f"the count {text!r:.80}")
+    return count
 
 
 def read_features(descriptor: int, header: SampleHeader, *, where: str) -> dict[str, Tensor]:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from specforge_core.contracts import ChannelError
+from specforge_core.contracts.files import make_directory
 from specforge_core.features.file_lock import lock_domain, lock_file, unlock_file
-from specforge_core.features.record_file import Record, RecordTail, append_whole
+from specforge_core.features.record_file import Record, RecordTail, append_whole, open_to_append
 
 
 class SharedLog:
@@ -26,8 +27,8 @@ class SharedLog:
         self._thread_lock = threading.Lock()
         self._closed = False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("ab", buffering=0)
+            make_directory(path.parent)
+            self._file = open_to_append(path)
         except OSError as error:
             raise ChannelError(f"cannot be written: {error.strerror}", where=str(path)) from error
         self._tail = RecordTail(path)

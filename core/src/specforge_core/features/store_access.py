@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hmac
 import os
+import secrets
 from pathlib import Path
 
 from specforge_core.contracts import AccessDenied, access_proof
-from specforge_core.contracts.files import sync_directory
+from specforge_core.contracts.files import make_directory, open_regular, read_bytes, sync_directory
 
 MARKER = ".access"
+_MAX_MARKER_BYTES = 1 << 12
+"""A nonce and a digest have some hundred characters; what is longer is nobody's proof."""
 
 
 def claim_or_attach(directory: Path, *, token: str | None, holds_samples: bool) -> None:
@@ -46,22 +49,23 @@ def claim_or_attach(directory: Path, *, token: str | None, holds_samples: bool) 
 
 def _read(directory: Path) -> str | None:
     try:
-        return (directory / MARKER).read_text(encoding="ascii", errors="replace").strip()
+        return read_bytes(directory / MARKER, limit=_MAX_MARKER_BYTES).decode("ascii", errors="replace").strip()
     except FileNotFoundError:
         return None
 
 
 def _claim(directory: Path, token: str) -> str | None:
     """Keep the proof of ``token``, unless another process was quicker; what is kept then."""
-    directory.mkdir(parents=True, exist_ok=True)
-    nonce = os.urandom(16).hex()
-    aside = directory / f"{MARKER}.{nonce}"
+    make_directory(directory)
+    nonce = secrets.token_hex(16)
+    aside = directory / f"{MARKER}.{secrets.token_hex(16)}"  # a name that nobody can have planted
     try:
-        with aside.open("x", encoding="ascii") as file:
+        with open(open_regular(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w", encoding="ascii") as file:
             file.write(f"{nonce}:{access_proof(token, purpose=_purpose(nonce))}\n")
             file.flush()
             os.fsync(file.fileno())
-        os.link(aside, directory / MARKER)  # of several at once one succeeds, and its content is whole
+        # of several at once one succeeds, and its content is whole
+        os.link(aside, directory / MARKER, follow_symlinks=False)
         sync_directory(directory)
     except FileExistsError:
         pass

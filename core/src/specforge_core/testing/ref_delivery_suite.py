@@ -7,13 +7,26 @@ import dataclasses
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from specforge_core.contracts import InFlight, RefChannel, RefReader, RefWriter, SampleRef, check_signature, sign
+from specforge_core.contracts import (
+    CaptureBatch,
+    ChannelError,
+    InFlight,
+    RefChannel,
+    RefReader,
+    RefWriter,
+    SampleRef,
+    check_signature,
+    sign,
+)
 from specforge_core.testing.channel_under_test import ChannelUnderTest
+from specforge_core.testing.planted import copies_with_a_link, snapshot
 from specforge_core.testing.samples import make_ref
 
 
@@ -234,3 +247,25 @@ class RefDeliverySuite(ChannelUnderTest):
         reader.ack([make_ref(0).sample_id], step=1)
         writer.publish([make_ref(0, generation=2), make_ref(1, generation=2)])
         assert list(writer.published()) == [make_ref(0, generation=2), make_ref(1, generation=2)]
+
+    def test_a_planted_link_leads_nowhere(self, directory: Path, tmp_path: Path) -> None:
+        """Others may write into a directory that processes share: nothing that it links to is touched."""
+        self._use_as_far_as_it_goes(self.make_channel(directory))
+        if not self.cross_process or not directory.exists():
+            pytest.skip("this channel keeps nothing in its directory")
+        for copy, outside in copies_with_a_link(directory, tmp_path):
+            before = snapshot(outside)
+            self._use_as_far_as_it_goes(self.make_channel(copy))
+            assert snapshot(outside) == before, f"the channel followed {copy}'s link to {outside}"
+
+    def _use_as_far_as_it_goes(self, channel: RefChannel) -> None:
+        with suppress(ChannelError), closing(channel.writer("capture-0")) as writer:
+            writer.publish([make_ref(0), make_ref(1)])
+            with suppress(ChannelError), closing(channel.reader()) as reader:
+                reader.ack([ref.sample_id for ref in reader.poll(1, self.wait_seconds)], step=1)
+            with suppress(ChannelError), closing(channel.leases()) as desk:
+                desk.offer([CaptureBatch(split="train", epoch=0, first=0, count=1)])
+                desk.take("capture-0", 0.0)
+            writer.in_flight()
+        with suppress(ChannelError):
+            channel.seal()

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from specforge_core.contracts import FeatureGone, FeatureStore, SampleRef, StaleRef, StoreError
+from specforge_core.contracts import FeatureGone, FeatureStore, SampleRef, SpecForgeError, StaleRef, StoreError
 from specforge_core.testing.conformance import ContractSuite
+from specforge_core.testing.planted import copies_with_a_link, snapshot
 from specforge_core.testing.samples import assert_same, make_sample
 
 TOKEN = "the run's shared secret"
@@ -146,3 +148,27 @@ class StoreAccessSuite(ContractSuite):
         with pytest.raises(PermissionError):
             self.attach_and_read(directory, ref, None)
         store.close()
+
+    def test_a_planted_link_leads_nowhere(self, directory: Path, tmp_path: Path) -> None:
+        """Others may write into a directory that processes share: nothing that it links to is touched."""
+        store = self.make_store(directory)
+        refs = [store.put(f"p{number}.e0", make_sample(number)) for number in range(2)]
+        store.close()
+        if not directory.exists():
+            pytest.skip("this store keeps nothing in its directory")
+        for copy, outside in copies_with_a_link(directory, tmp_path):
+            before = snapshot(outside)
+            with suppress(SpecForgeError):
+                self._use_as_far_as_it_goes(self.make_store(copy), refs)
+            assert snapshot(outside) == before, f"the store followed {copy}'s link to {outside}"
+
+    def _use_as_far_as_it_goes(self, store: FeatureStore, refs: Sequence[SampleRef]) -> None:
+        for ref in refs:
+            for act in (partial(store.get, ref), partial(store.delete, ref), store.usage):
+                with suppress(SpecForgeError):
+                    act()
+        for number in range(3):
+            with suppress(SpecForgeError):
+                store.put(f"p{number}.e0", make_sample(number))
+        with suppress(SpecForgeError):
+            store.close()

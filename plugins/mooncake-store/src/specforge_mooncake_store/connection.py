@@ -99,7 +99,7 @@ class Connection:
         _refuse("remove", [code for code in codes if code not in _GONE])
 
     def read_small(self, key: str) -> bytes | None:
-        """A small object's bytes, or None where there is no such object.
+        """A small object's bytes, or None where there is no such object; none of it where it is not small.
 
         :raises Unreachable: it cannot be said.
         """
@@ -107,6 +107,8 @@ class Connection:
         [count] = self.get_into([key], [buffer])
         if count == NO_SUCH_KEY:
             return None
+        if count == BAD_LENGTH:
+            return b""  # no store wrote it
         _refuse("read", [count] if count < 0 else [])
         return bytes(buffer[:count].numpy())
 

@@ -4,7 +4,8 @@
 A process that was taken for dead may still be putting a sample that its replacement captures again. If both drew the
 same generation their keys would be the same, and the service answers a put of a key that another is writing with
 success while it stores nothing. So a generation is the time, with random low bits; and never below one that this
-process, or the sample's index, has seen. Across ``delete`` on *another* machine it grows as far as the clocks agree.
+process, or the sample's index, has seen, unless no clock can have made that one. Across ``delete`` on *another*
+machine it grows as far as the clocks agree.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from specforge_mooncake_store.layout import MAX_GENERATION
+
 _EPOCH_SECONDS = 1_735_689_600  # 2025-01-01: milliseconds since then, and the random bits, fit into 53 bits until 2029
 _RANDOM_BITS = 16
+_BELIEVED = MAX_GENERATION // 2
+"""The highest that pushes others above it: a clock gets there in a thousand years, whoever writes an index at once."""
 
 
 class Generations:
@@ -30,7 +35,7 @@ class Generations:
         """A generation higher than ``above`` and than every one drawn or seen here, also after a clock jumped back."""
         moment = max(int((self._now() - _EPOCH_SECONDS) * 1000), 0)
         with self._lock:
-            floor = max(self._newest, above)
+            floor = max(self._newest, above if above <= _BELIEVED else 0)
             moment = max(moment, (floor >> _RANDOM_BITS) + 1)
             self._newest = moment << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
             return self._newest
@@ -38,4 +43,4 @@ class Generations:
     def saw(self, generation: int) -> None:
         """What is drawn from now on is higher than ``generation``."""
         with self._lock:
-            self._newest = max(self._newest, generation)
+            self._newest = max(self._newest, generation if generation <= _BELIEVED else 0)

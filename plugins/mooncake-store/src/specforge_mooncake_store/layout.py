@@ -22,8 +22,11 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from specforge_core.contracts import FeatureSpec, SampleRef
+from specforge_core.contracts.files import parse_json
 
 _MAX_READABLE = 300
+MAX_GENERATION = 1 << 62
+"""The highest that is read from the index; whoever keeps a generation has 64 bits for it."""
 
 
 def on_wire(ref: SampleRef) -> list[FeatureSpec]:
@@ -50,12 +53,21 @@ class IndexRecord:
     def decode(cls, content: bytes) -> IndexRecord | None:
         """None where the bytes are not a record."""
         try:
-            generation, digest, *features = json.loads(content)
-        except (ValueError, TypeError):
+            record = parse_json(content)
+        except ValueError:
             return None
-        if type(generation) is not int or not all(type(text) is str for text in (digest, *features)):
+        if type(record) is not list or len(record) < 2:
+            return None
+        generation, digest, *features = record
+        if type(generation) is not int or not 0 < generation <= MAX_GENERATION:
+            return None
+        if not all(type(text) is str for text in (digest, *features)):
             return None
         return cls(generation, digest, tuple(features))
+
+
+UNREADABLE = IndexRecord(0, "", ())
+"""Stands for an index that this store did not write: older than every generation, and naming no objects."""
 
 
 def digest(ref: SampleRef) -> str:

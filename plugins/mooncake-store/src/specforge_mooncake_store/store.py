@@ -50,7 +50,7 @@ from specforge_mooncake_store.connection import (
 )
 from specforge_mooncake_store.generations import Generations
 from specforge_mooncake_store.holdings import Holdings
-from specforge_mooncake_store.layout import IndexRecord, Namespace, digest, on_wire
+from specforge_mooncake_store.layout import UNREADABLE, IndexRecord, Namespace, digest, on_wire
 from specforge_mooncake_store.removals import Removals
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class MooncakeStore(FeatureStore):
         return self._until_answered(lambda: self._get_once(ref), where=ref.sample_id)
 
     def _get_once(self, ref: SampleRef) -> Sample:
-        features = {spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in ref.features}
+        features = _empty_tensors(ref)
         record = IndexRecord.of(ref)
         keys = self._keys.tensor_keys(ref.sample_id, record)
         specs = on_wire(ref)
@@ -226,7 +226,7 @@ class MooncakeStore(FeatureStore):
             if error.code != IN_PROGRESS:
                 raise
             return None
-        return None if content is None else IndexRecord.decode(content)
+        return None if content is None else IndexRecord.decode(content) or UNREADABLE
 
     def _lock_of(self, sample_id: str) -> threading.Lock:
         return self._putting[hash(sample_id) % _LOCKS]
@@ -256,3 +256,15 @@ class MooncakeStore(FeatureStore):
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+
+def _empty_tensors(ref: SampleRef) -> dict[str, Tensor]:
+    """Memory for what a ref describes, which the system gives only as far as it is filled.
+
+    :raises FeatureCorrupt: no memory is that large: whoever wrote the ref made it up.
+    """
+    try:
+        return {spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in ref.features}
+    except RuntimeError as error:
+        text = f"the ref describes {ref.nbytes} bytes, more than there is memory"
+        raise FeatureCorrupt(text, where=ref.sample_id, hint=_CAPTURE_AGAIN) from error

@@ -8,6 +8,7 @@ scripts is written so that this changes nothing.
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,11 @@ from specforge_redis_channel.config import RedisChannelConfig, without_secrets
 
 ResultT = TypeVar("ResultT")
 
+_COUNT = re.compile(rb"\d{1,19}")
+_DAMAGED = re.compile(r"DAMAGED (\S+)")
+"""What the scripts say of a key that they cannot read."""
+_OTHER_DATA = "other data is under this run's keys: use another run.id, or remove them"
+
 _FORMAT = "3"
 _CALL_SECONDS = 5.0
 _OPEN_SECONDS = 5.0
@@ -38,7 +44,9 @@ _HINTS: tuple[tuple[type[exceptions.ResponseError], str, str], ...] = (
     ),
     (exceptions.ReadOnlyError, "", "it is a replica: let channel.url name the primary"),
     (exceptions.ResponseError, "MISCONF", "it cannot write its own files: free space on its disk"),
-    (exceptions.ResponseError, "WRONGTYPE", "other data is under this run's keys: use another run.id, or remove them"),
+    (exceptions.ResponseError, "WRONGTYPE", _OTHER_DATA),
+    (exceptions.ResponseError, "not an integer", _OTHER_DATA),
+    (exceptions.ResponseError, "user_script", _OTHER_DATA),
 )
 
 
@@ -215,7 +223,26 @@ class RedisConnection:
             hint="put them into channel.url: redis://user:password@host, special characters percent-encoded",
         )
 
+    def count(self, value: bytes, key: str) -> int:
+        """A number that is kept under one of the run's keys.
+
+        :raises ChannelError: it is none.
+        """
+        if not _COUNT.fullmatch(value):
+            raise self.damaged(f"{self.base}:{key}")
+        return int(value)
+
+    def damaged(self, key: str) -> ChannelError:
+        """The error for what no channel wrote."""
+        return ChannelError(
+            "what the server keeps there was not written by a channel",
+            where=f"{self.where}, key {key}",
+            hint="find out who else writes there; remove this run's keys, then run again",
+        )
+
     def _refused(self, error: exceptions.ResponseError) -> ChannelError:
+        if found := _DAMAGED.search(str(error)):
+            return self.damaged(found[1])
         hints = (hint for kind, word, hint in _HINTS if isinstance(error, kind) and word in str(error))
         return ChannelError(f"the server refuses: {error}", where=self.where, hint=next(hints, ""))
 

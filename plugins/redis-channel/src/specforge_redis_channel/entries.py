@@ -13,9 +13,12 @@ from collections.abc import Sequence
 
 from specforge_core import RefDecoder, RefEncoder
 from specforge_core.contracts import ChannelError, SampleRef
+from specforge_core.contracts.files import parse_json
 
 _REFS_PER_ENTRY = 256
 _MOST_ENTRIES = 2000  # of one publish: a script takes no more than some thousand arguments
+_MOST_BYTES = 8 << 20
+"""Of one entry: its 256 refs, or 500 of the largest batches, take some hundred kilobytes."""
 _MOST_DECODERS = 64
 _MOST_LAYOUTS = 8  # few runs have more than two; an entry need not carry what an odd one had long ago
 
@@ -64,10 +67,12 @@ class EntryDecoder:
         try:
             if fields is None or len(fields) != 6 or (fields[0], fields[2], fields[4]) != (b"w", b"l", b"r"):
                 raise ValueError("its fields are not w, l and r")
+            if len(fields[3]) + len(fields[5]) > _MOST_BYTES:
+                raise ValueError(f"it has more than {_MOST_BYTES} bytes")
             entry, writer = (part.decode("utf-8", "replace") for part in (number, fields[1]))
             origin = f"{self._where}, entry {entry} of writer {writer}"
-            return fields[1], self._decoder_of(fields[3]).decode_batch(json.loads(fields[5]), origin=origin)
-        except (ValueError, RecursionError) as error:
+            return fields[1], self._decoder_of(fields[3]).decode_batch(parse_json(fields[5]), origin=origin)
+        except ValueError as error:
             name = number.decode("ascii", "replace")
             raise ChannelError(
                 f"entry {name} was not written by a writer of refs: {error}",
@@ -78,7 +83,7 @@ class EntryDecoder:
     def _decoder_of(self, layouts: bytes) -> RefDecoder:
         if layouts not in self._decoders:
             decoder = RefDecoder()
-            records = json.loads(layouts)
+            records = parse_json(layouts)
             if type(records) is not list:
                 raise ValueError("it holds no list of layouts")
             for record in records:

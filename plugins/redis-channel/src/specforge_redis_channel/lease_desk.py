@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from specforge_core.contracts import CaptureBatch, ChannelError, Lease, LeaseDesk
+from specforge_core.contracts import CaptureBatch, ChannelError, Lease, LeaseDesk, read_batch
+from specforge_core.contracts.files import parse_json
 
 from specforge_redis_channel.connection import LEASES, RedisConnection, plain, text
 from specforge_redis_channel.heart import Heart
 
 _BATCHES_PER_OFFER = 1000
+_MOST_BYTES = 8 << 20
+"""Of one batch: a million offsets that are wanted, the most that a batch has, take some 7 MB."""
+_MOST_DIGITS = 19
 _BEAT_SECONDS = 5.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
 
@@ -98,26 +102,23 @@ class RedisLeaseDesk(LeaseDesk):
 
     def _offer_number(self, record: list[bytes]) -> int:
         try:
-            return int(record[0])
+            return int(record[0][:_MOST_DIGITS])
         except ValueError:
             raise self._damaged(b" ".join(record)) from None
 
     def _batch(self, record: bytes) -> CaptureBatch:
         """:raises ChannelError: it is not what a desk offered."""
         try:
-            values = json.loads(record)
-            batch = CaptureBatch(**{**values, "wanted": tuple(values["wanted"])})
-            counts = (batch.epoch, batch.first, batch.count, *batch.wanted)
-            whole = all(type(n) is int and n >= 0 for n in counts) and type(batch.fingerprint) is str
-        except (ValueError, TypeError, KeyError, RecursionError):
+            values = parse_json(record) if len(record) <= _MOST_BYTES else None
+            if type(values) is not dict:
+                raise ValueError("no table")
+            return read_batch(values)
+        except ValueError:
             raise self._damaged(record) from None
-        if not whole or batch.split not in ("train", "eval"):
-            raise self._damaged(record)
-        return batch
 
     def _damaged(self, record: bytes) -> ChannelError:
         return ChannelError(
-            f"an offered batch was not written by a desk: {text(record)[:60]!r}",
+            f"an offered batch was not written by a desk: {text(record[:60])!r}",
             where=f"{self._connection.where}:batches",
             hint="find out who else writes there; remove this run's keys, then run again",
         )

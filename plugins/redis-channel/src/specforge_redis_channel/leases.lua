@@ -4,6 +4,7 @@ local function record_of(key)
   local text = redis.call('HGET', BATCHES, key)
   if not text then return nil end
   local number, attempt, json = string.match(text, '^(%d+) (%d+) (.*)$')
+  if not number then damaged(BATCHES) end
   return number, tonumber(attempt), json
 end
 
@@ -20,6 +21,7 @@ local function look_through_held(request)
   local held = redis.call('HGETALL', HELD)
   for i = 1, #held, 2 do
     local taking, _, asked, holder = string.match(held[i + 1], '^(%d+) (%d+) (%S+) (.*)$')
+    if not taking then damaged(HELD) end
     if ended(holder) then
       table.insert(lost, {tonumber(taking), held[i]})
     elseif asked == request then

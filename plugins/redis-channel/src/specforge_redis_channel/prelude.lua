@@ -20,6 +20,11 @@ local operations = {}
 local clock = redis.call('TIME')
 local NOW = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
+-- Whoever reaches the server can write under these keys, too: what is not ours is an error that names the key.
+local function damaged(key)
+  error('DAMAGED ' .. key, 0)
+end
+
 -- A full server refuses commands that could grow, unless the script has written before. What beats, acks or finishes
 -- must go through: it is what makes room again.
 local function even_if_full()

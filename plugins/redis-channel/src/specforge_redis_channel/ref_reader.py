@@ -42,7 +42,7 @@ class RedisRefReader(RefReader):
             lambda: connection.run(REFS, "open_reader", self._session),
             what="another process reads this run's refs",
         )
-        self._since = int(found[0])
+        self._since = connection.count(found[0], "meta")
         """How many failures there were; only later ones are told here."""
         self._member: Member = ("r", "", self._session)
         heart.join(self, self._member)

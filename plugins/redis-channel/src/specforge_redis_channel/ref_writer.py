@@ -39,7 +39,7 @@ class RedisRefWriter(RefWriter):
             lambda: connection.run(REFS, "open_writer", self._name, self._session),
             what=f"another process writes as {name}",
         )
-        self._since = int(found[0])
+        self._since = connection.count(found[0], "meta")
         """How many failures there were; only later ones are told here."""
         self._former_reader = found[1]
         self._member: Member = ("w", name, self._session)
@@ -62,7 +62,7 @@ class RedisRefWriter(RefWriter):
             self._refuse_ended()
             refs, nbytes, state, reader = self._ask("in_flight", self._since)
             self._raise_if_reader_died(state, reader)
-            return InFlight(int(refs), int(nbytes))
+            return InFlight(self._connection.count(refs, "meta"), self._connection.count(nbytes, "meta"))
 
     def published(self) -> list[SampleRef]:
         with self._lock:

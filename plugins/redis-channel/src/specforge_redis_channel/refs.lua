@@ -6,6 +6,7 @@ local function sequence_of(name, session)
   local known = redis.call('HGET', WRITERS, name)
   if not known then return 0 end
   local owner, last = string.match(known, '^(%S+) (%d+)$')
+  if not owner then damaged(WRITERS) end
   if owner ~= session then return nil end
   return tonumber(last)
 end
@@ -39,6 +40,7 @@ end
 -- A failure counts for those who opened before it.
 local function reason_since(text, since)
   local number, reason = string.match(text, '^(%d+) (.*)$')
+  if not number then damaged(FAILED) end
   if tonumber(number) > tonumber(since) then return reason end
 end
 
@@ -218,6 +220,7 @@ function operations.ack(session, step, ...)
     local id, refs, nbytes = entries[i], tonumber(entries[i + 1]), tonumber(entries[i + 2])
     local before = redis.call('HGET', ACKED, id) or '0 0 0'
     local refs_before, nbytes_before = string.match(before, '^(%d+) (%d+)')
+    if not refs_before then damaged(ACKED) end
     if refs > tonumber(refs_before) and #redis.pcall('XPENDING', REFS, GROUP, id, id, 1) > 0 then
       redis.call('HINCRBY', META, 'refs', refs_before - refs)
       redis.call('HINCRBY', META, 'bytes', string.format('%.0f', nbytes_before - nbytes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from specforge_core.contracts import ChannelError, SampleRef
+from specforge_core.contracts import SampleRef
 
 from specforge_redis_channel.connection import RedisConnection
 from specforge_redis_channel.entries import EntryDecoder, RawEntry
@@ -20,11 +20,17 @@ def acked_bits(connection: RedisConnection) -> dict[bytes, int]:
     """
     found = connection.execute("HGETALL", f"{connection.base}:acked")
     try:
-        return {found[i]: int(found[i + 1].split()[2], 16) for i in range(0, len(found), 2)}
+        return {found[i]: _bits(found[i + 1]) for i in range(0, len(found), 2)}
     except (ValueError, IndexError):
-        raise ChannelError(
-            "the record of what was acked is damaged: somebody else wrote it", where=f"{connection.where}:acked"
-        ) from None
+        raise connection.damaged(f"{connection.base}:acked") from None
+
+
+def _bits(record: bytes) -> int:
+    """:raises ValueError: it is none of ours (or IndexError)."""
+    bits = int(record.split()[2], 16)
+    if bits < 0:
+        raise ValueError("bits are not negative")
+    return bits
 
 
 def pending_entries(connection: RedisConnection) -> Iterator[RawEntry]:
