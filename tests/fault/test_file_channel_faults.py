@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from specforge_core.contracts import ChannelError, InFlight, PartContext, PeerDied, RefWriter, SampleRef
+from specforge_core.features.channel_tails import VERSION_FRAME
 from specforge_core.features.file_channel import FileChannel
 from specforge_core.features.record_file import RecordTail, frame
 from specforge_core.hooks.builtin import FileChannelConfig
@@ -44,6 +45,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 from specforge_core.contracts import PartContext
+from specforge_core.features.channel_tails import VERSION_FRAME
 from specforge_core.features.file_channel import FileChannel
 from specforge_core.hooks.builtin import FileChannelConfig
 from specforge_core.testing.samples import make_ref
@@ -253,10 +255,9 @@ def test_a_file_whose_writer_never_began_holds_up_nobody_for_long(
 
 
 def test_a_writer_of_another_machine_is_waited_for_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    version = frame("V", ["specforge refs", 2])
     for number in range(5):
         opened = frame("O", ["elsewhere", 1, "another kernel:1"])
-        (tmp_path / f"far-{number}.refs").write_bytes(version + opened)
+        (tmp_path / f"far-{number}.refs").write_bytes(VERSION_FRAME + opened)
     open_channel(tmp_path, writer_timeout_seconds=0.3).seal()
     assert "writer 'far-0', 'far-1', 'far-2' and 2 more" in caplog.text
     assert all((tmp_path / f"far-{number}.refs").read_bytes().endswith(frame("C", None)) for number in range(5))

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 from specforge_core.contracts import CaptureBatch, ChannelError, PartContext, RefReader
+from specforge_core.features.channel_tails import VERSION_FRAME as VERSION
 from specforge_core.features.file_channel import FileChannel
 from specforge_core.features.record_file import frame
 from specforge_core.hooks.builtin import FileChannelConfig
 from specforge_core.testing.samples import make_ref
 
 MINE = b"this belongs to somebody, and lies outside of the channel\n"
-VERSION = frame("V", ["specforge refs", 2])
 BATCH = CaptureBatch(split="train", epoch=0, first=0, count=4)
 Attempt = Callable[[FileChannel], object]
 
