@@ -22,7 +22,7 @@ class FileWires:
         self.store, self.refs = self.disk / "store", self.disk / "refs"
         self.sections: dict[str, dict[str, object]] = {
             "store": {"name": "file", "path": str(self.store)},
-            "channel": {"name": "file", "path": str(self.refs)},
+            "channel": {"name": "file", "path": str(self.refs), "writer_timeout_seconds": 2.0},
         }
 
     def put_keys(self) -> set[str]:

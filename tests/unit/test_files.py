@@ -10,6 +10,7 @@ import pytest
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import (
     make_directory,
+    open_directory,
     open_regular,
     parse_json,
     read_bytes,
@@ -52,6 +53,36 @@ def test_a_link_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a")
     with pytest.raises(OSError, match="symbolic link"):
         make_directory(tmp_path / "link")
+
+
+def test_a_name_in_an_open_directory_cannot_be_led_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_bytes(b"in a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "file").write_bytes(b"in b")
+    folder = open_directory(tmp_path / "a")
+    try:
+        (tmp_path / "a").rename(tmp_path / "moved")
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+        with open(open_regular("file", os.O_RDONLY, dir_fd=folder), "rb") as file:
+            assert file.read() == b"in a"
+    finally:
+        os.close(folder)
+    with pytest.raises(OSError, match="symbolic link"):
+        open_directory(tmp_path / "a")
+    with pytest.raises(NotADirectoryError):
+        open_directory(tmp_path / "b" / "file")
+
+
+def test_what_is_made_everybody_may_not_write(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_directory(tmp_path / "d")
+        os.close(open_regular(tmp_path / "d" / "f", WRITE))
+    finally:
+        os.umask(before)
+    assert not (tmp_path / "d").stat().st_mode & 0o002
+    assert (tmp_path / "d" / "f").stat().st_mode & 0o777 == 0o664
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "{", b"\xff", '{"a": 1} 2', "1" * 10_000], ids=range(5))

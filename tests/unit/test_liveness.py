@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 from specforge_core.features.file_lock import lock_domain
-from specforge_core.features.liveness import Liveness
+from specforge_core.features.liveness import Heartbeat, Liveness, OwnerWatch, _beating_devices
 from specforge_core.features.record_file import OwnerView, RecordAppender, RecordTail, frame
 
 
@@ -47,6 +48,26 @@ def test_who_keeps_its_lock_and_stands_still_is_stalled_but_not_dead(
     for beat, now in seen:
         assert not liveness.is_dead(locked=True, locks_seen=True, heartbeat_ns=beat, now=now)
     assert liveness.is_stalled is expected
+
+
+def test_nobody_is_stalled_on_a_file_system_where_no_heartbeat_moves(tmp_path: Path) -> None:
+    silent, beating = RecordAppender(tmp_path / "silent"), RecordAppender(tmp_path / "beating")
+    watch = OwnerWatch(RecordTail(tmp_path / "silent").owner, timeout_seconds=0.02)
+
+    def stalled() -> bool:
+        for _ in range(8):
+            assert not watch.is_dead(domain="")
+            time.sleep(0.01)
+        return watch.is_stalled()
+
+    _beating_devices.clear()
+    assert not stalled()
+    heartbeat = Heartbeat(beating, timeout_seconds=0.02)
+    time.sleep(0.1)
+    assert stalled()
+    heartbeat.stop()
+    silent.close()
+    beating.close()
 
 
 def test_where_locks_are_seen_a_free_one_says_enough() -> None:

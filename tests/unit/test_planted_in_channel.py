@@ -155,6 +155,24 @@ def test_the_configured_directory_may_be_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "disk" / "mine.refs").exists()
 
 
+def test_a_directory_that_everybody_writes_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    assert errors_of(tmp_path / "open") == errors_of(tmp_path / "own") == []
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert str(tmp_path / "open") in told
+
+
+def test_nothing_is_made_that_everybody_may_write(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        assert errors_of(tmp_path / "refs") == []
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "refs", *(tmp_path / "refs").iterdir()):
+        assert not path.stat().st_mode & 0o002, path
+
+
 DEEP = b"[" * 10_000 + b"]" * 10_000
 LAYOUT = frame("L", ["store", [["x", "float32", None, [None]]]])
 RECORDS = [

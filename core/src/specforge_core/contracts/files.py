@@ -84,8 +84,11 @@ def open_directory(path: Path) -> int:
 
     :raises OSError: it is not there, or a link or a file is in its place.
     """
-    refuse_link(path)  # the message: the kernel calls a link that is not followed no directory
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        refuse_link(path)  # which the kernel calls no directory
+        raise
 
 
 @functools.cache

@@ -111,7 +111,7 @@ class FileStore(FeatureStore):
         self._refuse_closed()
         path = self._path(ref.sample_id)
         with _reporting(path, "deleted"), opened_place(path) as place, ExitStack() as opened:
-            if place.look(opened) is None:
+            if not place.is_taken():
                 return
             with self._locked() as counts:
                 held = place.look(opened)

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,13 @@ class SamplePlace:
             raise
         opened.callback(os.close, descriptor)
         return descriptor
+
+    def is_taken(self) -> bool:
+        """Whether anything is there; asked without opening it."""
+        try:
+            return self.folder is not None and bool(os.stat(self.path.name, dir_fd=self.folder, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
 
     def look(self, opened: ExitStack) -> Held | None:
         """What is in the place. Its blocks are freed when ``opened`` ends, not in the directory's lock."""
@@ -121,13 +128,16 @@ def sample_sizes(directory: Path) -> Iterator[int]:
     except FileNotFoundError:
         return
     for name in folders:
-        with suppress(FileNotFoundError, NotADirectoryError):
+        try:
             yield from _sizes_in(directory / name)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
 
 
 def _sizes_in(path: Path) -> list[int]:
-    """:raises NotADirectoryError: it is a link, or a file."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """:raises OSError: it is a link, or a file."""
+    folder = open_directory(path)
     try:
         found = [_size(name, folder) for name in os.listdir(folder) if name.endswith(SUFFIX)]
     finally:
