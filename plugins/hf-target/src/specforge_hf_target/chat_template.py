@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from specforge_core.contracts import DataError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from specforge_hf_target.model_files import refusing
+
 MAX_SECONDS = 10.0
 """A conversation of a million characters is rendered in hundredths of a second."""
 MAX_CHARACTERS = 64 << 20
@@ -32,16 +34,17 @@ def render_template(
     :param tokens: the special tokens, which templates name.
     :raises DataError: the template refuses the conversation, fails, or does not come to an end.
     """
-    try:
-        with _time_limit():
-            [text], spans = render_jinja_template(
-                conversations=[list(messages)], chat_template=template, **{**tokens, **options}
-            )
-    except Exception as error:  # a boundary to foreign code: whatever an expression of a template can raise
-        reason = (str(error).strip().splitlines() or [""])[0][:300] or type(error).__name__
-        raise DataError(
-            f"the chat template refuses the conversation: {reason}", hint="roles must come as the template wants them"
-        ) from error
+    with (
+        refusing(
+            "the chat template refuses the conversation",
+            hint="roles must come as the template wants them",
+            kind=DataError,
+        ),
+        _time_limit(),
+    ):
+        [text], spans = render_jinja_template(
+            conversations=[list(messages)], chat_template=template, **{**tokens, **options}
+        )
     if len(text) > MAX_CHARACTERS:
         raise DataError(
             f"the chat template makes {len(text)} characters of the conversation, more than {MAX_CHARACTERS}",

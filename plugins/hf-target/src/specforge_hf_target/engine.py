@@ -108,7 +108,7 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
     check_text_files(config.path)
     stored_bytes = count_weight_bytes(config)
     hint = "check its files; update transformers; set target.trust_remote_code if it brings its own code"
-    with refusing(f"transformers cannot load {info.architecture}", where, hint), without_progress_bars():
+    with refusing(f"transformers cannot load {info.architecture}", where=where, hint=hint), without_progress_bars():
         _check_claims(config, stored_bytes)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             config.path,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from specforge_core.contracts import SpecForgeError, TargetError
+from specforge_core.contracts import DataError, SpecForgeError, TargetError
 from specforge_core.contracts.files import read_json_object
 
 MAX_TEXT_BYTES = 256 << 20
@@ -60,25 +60,29 @@ def check_text_files(model: str) -> None:
 
 
 @contextmanager
-def refusing(what: str, where: str, hint: str) -> Iterator[None]:
-    """What a library raises over a model's files, of whatever kind, ends as TargetError: a boundary to foreign code.
+def refusing(
+    what: str, *, where: str = "", hint: str, kind: type[TargetError | DataError] = TargetError
+) -> Iterator[None]:
+    """What a library raises over a model's files, of whatever kind, ends as one of ours: a boundary to foreign code.
 
     transformers promises no kinds of errors (over a config.json alone AttributeError, AssertionError, TypeError and
-    more), and tokenizers raises bare ``Exception``.
+    more), a template raises what its expressions raise, and tokenizers raises bare ``Exception`` and Rust's panics.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         yield
-    except StrictDataclassError as error:  # config.json is read and then refused; the reason comes last
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise TargetError(
-            f"config.json contradicts itself: {reason[:_LONGEST_REASON]}", where=where, hint=_COPY_AGAIN
-        ) from error
     except SpecForgeError:
         raise
-    except Exception as error:
-        raise TargetError(f"{what}: {first_line(error)}", where=where, hint=hint) from error
+    except StrictDataclassError as error:  # config.json is read and then refused; the reason comes last
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise kind(
+            f"config.json contradicts itself: {reason[:_LONGEST_REASON]}", where=where, hint=_COPY_AGAIN
+        ) from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Ctrl-C and its like
+            raise
+        raise kind(f"{what}: {first_line(error)}", where=where, hint=hint) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -49,7 +49,8 @@ class HfChatTokenizer:
 
     def encode(self, text: str) -> EncodedText:
         # verbose=False: a text beyond the model's length is cut later, and that is no warning's business
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with refusing("the tokenizer cannot encode this text", hint="leave the text out", kind=DataError):
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return EncodedText(encoded["input_ids"], encoded["offset_mapping"])
 
     def encode_with_assistant_mask(
@@ -114,7 +115,7 @@ def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
     hint = "put the model's tokenizer.json and tokenizer_config.json beside its config.json"
     config.read_config()
     check_text_files(config.path)
-    with refusing("the tokenizer cannot be loaded", where, hint):
+    with refusing("the tokenizer cannot be loaded", where=where, hint=hint):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
