@@ -70,6 +70,16 @@ def _index(target: Path) -> None:
     (target / "model.safetensors.index.json").write_text(json.dumps(names))
 
 
+def _index_leaves(target: Path) -> None:
+    (target / "model.safetensors").rename(target.parent / "elsewhere.safetensors")
+    names = {"metadata": {}, "weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
+    (target / "model.safetensors.index.json").write_text(json.dumps(names))
+
+
+def _only_a_bin(target: Path) -> None:
+    (target / "model.safetensors").rename(target / "pytorch_model.bin")
+
+
 def _tokenizer(target: Path) -> None:
     for path in target.glob("*token*"):
         path.unlink()
@@ -126,6 +136,31 @@ TABLE = [
         ("generation_config.json", "token ids are 'end'"),
     ),
     BadInput("generation_config.json is no JSON", _generation("{"), ("generation_config.json", "not readable as JSON")),
+    BadInput(
+        "config.json nested without end",
+        _command("plan", lambda target: (target / "config.json").write_text("[" * 100_000)),
+        ("target/config.json", "not readable as JSON", "nested", "copy the model again"),
+    ),
+    BadInput(
+        "config.json claims a size that no machine has",
+        _config(hidden_size=10**9),
+        ("target/config.json: hidden_size", "1000000000 is more than", "correct the file"),
+    ),
+    BadInput(
+        "config.json claims more than the weights hold",
+        _capture_config(intermediate_size=10**6),
+        ("target target", "describes 576,", "different models"),
+    ),
+    BadInput(
+        "config.json asks for a kernel of somebody's",
+        _config(attn_implementation="somebody/kernel"),
+        ("target/config.json: attn_implementation", "'somebody/kernel'", "remove the key"),
+    ),
+    BadInput(
+        "RoPE of a number that is none",
+        _config(rope_parameters={"rope_theta": [1]}),
+        ("target/config.json: rope_parameters.rope_theta", "[1] is not a number", "correct the file"),
+    ),
     BadInput("target with an encoder", _config(is_encoder_decoder=True), ("target/config.json", "encoder-decoder")),
     BadInput("target in fp8", _config(dtype="float8_e4m3fn"), ("config.json", "float8_e4m3fn", "set target.dtype")),
     BadInput(
@@ -136,7 +171,7 @@ TABLE = [
     BadInput(
         "target without weights",
         _capture(lambda target: (target / "model.safetensors").unlink()),
-        ("target target", "model.safetensors", "check its files"),
+        ("target target", "neither model.safetensors", "save_pretrained it again"),
     ),
     BadInput(
         "weights cut short",
@@ -158,6 +193,16 @@ TABLE = [
         _capture_config(num_hidden_layers=8),
         ("target.path target", "contradicts itself", "num_hidden_layers", "copy"),
     ),
+    BadInput(
+        "weight index that leaves the model",
+        _capture(_index_leaves),
+        ("model.safetensors.index.json: weight_map", "'../elsewhere.safetensors'", "copy it again"),
+    ),
+    BadInput(
+        "weights in a format that is not read",
+        _capture(_only_a_bin),
+        ("target target", "neither model.safetensors", "save_pretrained it again"),
+    ),
     BadInput("file of the weight index missing", _capture(_index), ("target target", "model-00001.safetensors")),
     BadInput(
         "training without the target's weights", _train_without_weights, ("target", "safetensors", "save_pretrained")
@@ -171,6 +216,20 @@ TABLE = [
         "tokenizer without chat template",
         _capture(_template),
         (".jsonl:1", "target.path target", "no chat template", "add chat_template.jinja"),
+    ),
+    BadInput(
+        "template divides by zero",
+        _capture(lambda target: (target / "chat_template.jinja").write_text("{{ 1 / 0 }}")),
+        (".jsonl:1", "the chat template refuses the conversation", "division by zero"),
+    ),
+    BadInput(
+        "template calls itself for ever",
+        _capture(
+            lambda target: (target / "chat_template.jinja").write_text(
+                "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+            )
+        ),
+        (".jsonl:1", "the chat template refuses the conversation", "recursion"),
     ),
     BadInput(
         "tokenizer is no JSON",

@@ -8,20 +8,26 @@ Files written by transformers 4 (``rope_theta``, ``rope_scaling``, ``torch_dtype
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from specforge_core import TargetEngineConfig
 from specforge_core.contracts import TargetError, TargetInfo
 
-from specforge_hf_target.model_files import locate_file
+from specforge_hf_target.model_files import locate_file, read_model_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Json = Mapping[str, Any]
 
+MAX_COUNT = 1 << 16
+"""More layers, heads, experts or labels than any model has. transformers makes an object of each, before it has looked
+at a weight."""
+MAX_SIZE = 1 << 24
+"""A larger size of a layer, vocabulary or context than any model has; products of two count their bytes in 63 bits."""
+MAX_ROPE = 1e12
+"""Beyond every base, factor and context of a RoPE; angles stay numbers in fp32."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,7 +61,7 @@ class HfTargetConfig(TargetEngineConfig):
             num_attention_heads=heads,
             num_key_value_heads=_integer(text, "num_key_value_heads", default=heads, where=where),
             head_dim=_integer(text, "head_dim", default=hidden // heads, where=where),
-            rms_norm_eps=_number(text, "rms_norm_eps", "layer_norm_epsilon", default=1e-6, where=where),
+            rms_norm_eps=_epsilon(text, "rms_norm_eps", "layer_norm_epsilon", default=1e-6, where=where),
             max_position_embeddings=_integer(text, "max_position_embeddings", "n_positions", default=2048, where=where),
             rope_parameters=_rope_parameters(text, where),
             bos_token_id=_first(_token_ids(text.get("bos_token_id", config.get("bos_token_id")), where)),
@@ -74,24 +80,29 @@ class HfTargetConfig(TargetEngineConfig):
                 where=f"target.path {self.path}",
                 hint="name the directory that save_pretrained wrote, or a hub id",
             )
-        return str(path), _read_json(path)
+        config = read_model_json(path)
+        for section in (config, language_section(config)):
+            _check_foreign_keys(section, str(path))
+        return str(path), config
 
     def _resolve_dtype(self, config: Json, text: Json, where: str) -> str:
         if self.dtype != "auto":
             return self.dtype
         named = (text.get("dtype"), text.get("torch_dtype"), config.get("dtype"), config.get("torch_dtype"))
-        found = _first([str(name).removeprefix("torch.") for name in named if name]) or "float32"
-        if found not in _DTYPES:
+        found = _first([name for name in named if name]) or "float32"
+        if not isinstance(found, str) or found.removeprefix("torch.") not in _DTYPES:
             raise TargetError(
-                f"the model's dtype is {found!r}", where=where, hint=f"set target.dtype to one of {', '.join(_DTYPES)}"
+                f"the model's dtype is {reprlib.repr(found)}",
+                where=where,
+                hint=f"set target.dtype to one of {', '.join(_DTYPES)}",
             )
-        return found
+        return found.removeprefix("torch.")
 
     def _eos_token_ids(self, config: Json, text: Json) -> tuple[int, ...]:
         """Every id that ends a sequence; generation_config.json knows more of them (chat turns) than config.json."""
         path = locate_file(self.path, "generation_config.json", revision=self.revision)
         if path is not None:
-            ids = _token_ids(_read_json(path).get("eos_token_id"), str(path))
+            ids = _token_ids(read_model_json(path).get("eos_token_id"), str(path))
             if ids:
                 return ids
         return _token_ids(text.get("eos_token_id", config.get("eos_token_id")), self.path)
@@ -103,14 +114,23 @@ def language_section(config: Json) -> Json:
     return nested if isinstance(nested, Mapping) and "num_hidden_layers" in nested else config
 
 
-def _read_json(path: Path) -> Json:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TargetError(f"not readable as JSON: {error}", where=str(path), hint="copy the model again") from error
-    if not isinstance(value, dict):
-        raise TargetError("not a JSON object", where=str(path), hint="copy the model again")
-    return value
+def _check_foreign_keys(config: Json, where: str) -> None:
+    """Keys that nothing here reads, but transformers does, and acts on without a check of its own.
+
+    :raises TargetError: the file asks for code or weights from elsewhere, or counts what no model has.
+    """
+    for key in ("attn_implementation", "_attn_implementation", "transformers_weights"):
+        value = config.get(key)
+        # A name with a slash is a kernel on the hub: code. The third key names a file of weights of any format.
+        if value is not None and (key == "transformers_weights" or not isinstance(value, str) or "/" in value):
+            raise _wrong(value, "asks for code or weights from elsewhere", f"{where}: {key}", hint="remove the key")
+    for key, value in config.items():
+        if key.startswith("num_") and type(value) is int and value > MAX_COUNT:
+            raise _wrong(value, f"is more than {MAX_COUNT}", f"{where}: {key}")
+
+
+def _wrong(value: object, reason: str, where: str, *, hint: str = "correct the file") -> TargetError:
+    return TargetError(f"{reprlib.repr(value)} {reason}", where=where, hint=hint)
 
 
 def _architecture(config: Json, where: str) -> str:
@@ -132,8 +152,10 @@ def _integer(config: Json, *names: str, where: str, default: int | None = None) 
         value = config.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise TargetError(f"{value!r} is not a positive integer", where=f"{where}: {name}", hint="correct the file")
+        if type(value) is not int or value < 1:
+            raise _wrong(value, "is not a positive integer", f"{where}: {name}")
+        if value > MAX_SIZE:
+            raise _wrong(value, f"is more than {MAX_SIZE}", f"{where}: {name}")
         return value
     if default is None:
         raise TargetError(
@@ -142,28 +164,26 @@ def _integer(config: Json, *names: str, where: str, default: int | None = None) 
     return default
 
 
-def _number(config: Json, *names: str, where: str, default: float) -> float:
+def _epsilon(config: Json, *names: str, where: str, default: float) -> float:
     for name in names:
         value = config.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TargetError(f"{value!r} is not a number", where=f"{where}: {name}", hint="correct the file")
+        if type(value) not in (int, float) or not 0 < value <= 1:
+            raise _wrong(value, "is not a number above 0, at most 1", f"{where}: {name}")
         return float(value)
     return default
 
 
 def _rope_parameters(text: Json, where: str) -> dict[str, Any]:
     """RoPE as transformers 5 writes it, from either version's keys. Per-layer-type tables give their full attention."""
-    given = text.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise TargetError("is not an object", where=f"{where}: rope_parameters", hint="correct the file")
-    rope = dict(given)
+    for key in ("rope_parameters", "rope_scaling"):
+        if text.get(key) and not isinstance(text[key], Mapping):
+            raise _wrong(text[key], "is not an object", f"{where}: {key}")
+    rope = dict(text.get("rope_parameters") or {})
     if isinstance(rope.get("full_attention"), Mapping):
         rope = dict(rope["full_attention"])
-    scaling = text.get("rope_scaling")
-    if isinstance(scaling, Mapping):
-        rope = {**scaling, **rope}
+    rope = {**(text.get("rope_scaling") or {}), **rope}
     if "type" in rope:  # transformers before 4.43
         rope.setdefault("rope_type", rope.pop("type"))
         rope.pop("type", None)
@@ -171,7 +191,17 @@ def _rope_parameters(text: Json, where: str) -> dict[str, Any]:
         rope.setdefault("rope_theta", text["rope_theta"])
     if rope:
         rope.setdefault("rope_type", "default")
+        _check_rope(rope, where)
     return {key: value for key, value in rope.items() if isinstance(value, (int, float, str, list))}
+
+
+def _check_rope(rope: Json, where: str) -> None:
+    if not isinstance(rope["rope_type"], str):
+        raise _wrong(rope["rope_type"], "is not the name of a RoPE type", f"{where}: rope_parameters")
+    for key in ("rope_theta", "factor", "original_max_position_embeddings"):
+        value = rope.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 < value < MAX_ROPE):
+            raise _wrong(value, f"is not a number above 0, below {MAX_ROPE:g}", f"{where}: rope_parameters.{key}")
 
 
 def _token_ids(value: object, where: str) -> tuple[int, ...]:
@@ -179,7 +209,9 @@ def _token_ids(value: object, where: str) -> tuple[int, ...]:
         return ()
     ids = value if isinstance(value, list) else [value]
     if not all(type(item) is int for item in ids):
-        raise TargetError(f"token ids are {value!r}", where=where, hint="an integer or a list of integers belongs here")
+        raise TargetError(
+            f"token ids are {reprlib.repr(value)}", where=where, hint="an integer or a list of integers belongs here"
+        )
     return tuple(ids)
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from specforge_core.contracts import (
     INPUT_IDS,
     LOSS_MASK,
@@ -29,8 +27,8 @@ from torch import Tensor, nn
 from specforge_hf_target.cached_decoder import HfTargetDecoder
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.decoder_layers import FeatureCollector, check_request, find_decoder, find_layers
-from specforge_hf_target.frozen_weights import read_frozen_weights
-from specforge_hf_target.model_files import contradicts_itself
+from specforge_hf_target.frozen_weights import PARAMETERS_PER_BYTE, count_weight_bytes, read_frozen_weights
+from specforge_hf_target.model_files import check_text_files, first_line, refusing
 from specforge_hf_target.progress_bars import without_progress_bars
 
 
@@ -107,25 +105,21 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     where = f"target {config.path}"
-    try:
-        with without_progress_bars():
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                config.path,
-                revision=config.revision,
-                dtype=getattr(torch, info.dtype),
-                trust_remote_code=config.trust_remote_code,
-                attn_implementation=config.attn_implementation,
-                ignore_mismatched_sizes=True,  # else its error does not say which
-                output_loading_info=True,
-            )
-    except StrictDataclassError as error:
-        raise contradicts_itself(error, where) from error
-    except (ValueError, KeyError, ImportError, OSError, RuntimeError, SafetensorError) as error:
-        raise TargetError(
-            f"transformers cannot load {info.architecture}: {_first_line(error)}",
-            where=where,
-            hint="check its files; update transformers; set target.trust_remote_code if it brings its own code",
-        ) from error
+    check_text_files(config.path)
+    stored_bytes = count_weight_bytes(config)
+    hint = "check its files; update transformers; set target.trust_remote_code if it brings its own code"
+    with refusing(f"transformers cannot load {info.architecture}", where=where, hint=hint), without_progress_bars():
+        _check_claims(config, stored_bytes)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            config.path,
+            revision=config.revision,
+            dtype=getattr(torch, info.dtype),
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # else its error does not say which
+            output_loading_info=True,
+        )
     if loaded["missing_keys"]:  # transformers fills these with random numbers and only warns
         raise TargetError(
             f"its files lack {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them",
@@ -143,20 +137,36 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
     return model.to(config.device).eval().requires_grad_(False)
 
 
+def _check_claims(config: HfTargetConfig, stored_bytes: int) -> None:
+    """Lay the model out without memory: transformers makes what config.json claims before it finds it missing.
+
+    :raises TargetError: the weight files cannot hold as many parameters.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if config.trust_remote_code:  # whoever wrote that code needs no large numbers
+        return
+    settings = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    claimed = sum(parameter.numel() for parameter in model.parameters())
+    if claimed > PARAMETERS_PER_BYTE * stored_bytes:
+        raise TargetError(
+            f"config.json describes {claimed:,} parameters, the weight files have {stored_bytes:,} bytes",
+            where=f"target {config.path}",
+            hint="the weights and config.json are of different models",
+        )
+
+
 def _check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise TargetError(
-            f"device {device!r} cannot be used: {_first_line(error)}",
+            f"device {device!r} cannot be used: {first_line(error)}",
             where="target.device",
             hint="cpu works everywhere",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if isinstance(error, KeyError) or not first else first
 
 
 def _pad_right(prompts: Sequence[Prompt]) -> Tensor:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from specforge_core.contracts import EMBED_TOKENS, FINAL_NORM, LM_HEAD, TargetError, TargetInfo
 
 from specforge_hf_target.config import language_section
-from specforge_hf_target.model_files import locate_file
+from specforge_hf_target.model_files import locate_file, read_model_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from specforge_hf_target.config import HfTargetConfig
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+
+PARAMETERS_PER_BYTE = 16
+"""More than any format stores: one bit for each, and a head that is stored once and counted twice."""
+# Parts that begin with a dot, ".." among them, leave the directory or hide in it; an absolute path begins with no part.
+_SHARD = re.compile(r"(?:\w[\w.-]*/)*\w[\w.-]*\.safetensors")
+_FLOATS = ("F64", "F32", "BF16", "F16")
 
 # Under what names architectures keep them; a multimodal model has prefixes of its own before these.
 _STORED_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -52,15 +60,22 @@ def read_frozen_weights(config: HfTargetConfig, info: TargetInfo, names: Sequenc
                 f"{name!r} is not a weight an engine hands out", where=where, hint=f"there are {', '.join(shapes)}"
             )
         _check_meaning(name, language_section(settings), where)
-        weight = files.read(name, tied=_is_tied(settings))
-        if tuple(weight.shape) != shapes[name]:
-            raise TargetError(
-                f"{name} is {list(weight.shape)}, but config.json says {list(shapes[name])}",
-                where=f"target {config.path}",
-                hint="the weights and config.json are of different models",
-            )
+        weight = files.read(name, shapes[name], tied=_is_tied(settings, where))
         weights[name] = weight.to(getattr(torch, info.dtype), copy=True)
+    if Path(config.path).expanduser().is_dir():  # of a model on the hub only the files asked for are fetched
+        _check_layer_sizes(info, count_weight_bytes(config), where)
     return weights
+
+
+def _check_layer_sizes(info: TargetInfo, stored_bytes: int, where: str) -> None:
+    """A draft takes its layer's sizes from the target: refuse those of which one matrix outweighs the files."""
+    widest = max(info.intermediate_size, info.num_attention_heads * info.head_dim)
+    if info.hidden_size * widest > PARAMETERS_PER_BYTE * stored_bytes:
+        raise TargetError(
+            f"a layer of {info.hidden_size} by {widest} does not fit weight files of {stored_bytes:,} bytes",
+            where=where,
+            hint="the weights and config.json are of different models",
+        )
 
 
 def _check_meaning(name: str, text: Mapping[str, Any], where: str) -> None:
@@ -75,15 +90,30 @@ def _check_meaning(name: str, text: Mapping[str, Any], where: str) -> None:
     for key, harmless in _NONLINEAR_HEADS.items():
         if name == LM_HEAD and text.get(key) not in (None, harmless):
             raise TargetError(
-                f"its logits are not lm_head times the hidden state ({key} is {text[key]})",
+                f"its logits are not lm_head times the hidden state ({key} is {reprlib.repr(text[key])})",
                 where=f"{where}: {key}",
                 hint="such targets cannot be trained against yet",
             )
 
 
-def _is_tied(settings: Mapping[str, Any]) -> bool:
-    text = language_section(settings)
-    return bool(text.get("tie_word_embeddings", settings.get("tie_word_embeddings", False)))
+def _is_tied(settings: Mapping[str, Any], where: str) -> bool:
+    tied = language_section(settings).get("tie_word_embeddings", settings.get("tie_word_embeddings"))
+    if tied is not None and type(tied) is not bool:
+        raise TargetError(
+            f"{reprlib.repr(tied)} is neither true nor false",
+            where=f"{where}: tie_word_embeddings",
+            hint="correct the file",
+        )
+    return bool(tied)
+
+
+def count_weight_bytes(config: HfTargetConfig) -> int:
+    """The size of all weight files together. A model on the hub is fetched for it.
+
+    :raises TargetError: there are none, or one is missing.
+    """
+    files = _WeightFiles(config)
+    return sum(files.locate(name).stat().st_size for name in files.names)
 
 
 class _WeightFiles:
@@ -91,44 +121,65 @@ class _WeightFiles:
 
     def __init__(self, config: HfTargetConfig):
         self._config = config
-        index = locate_file(config.path, INDEX_FILE, revision=config.revision)
-        if index is not None:
-            self._file_of = _read_index(index)
+        self._file_of: Mapping[str, str] | None = None
+        self.names = {SINGLE_FILE}
+        if locate_file(config.path, SINGLE_FILE, revision=config.revision) is not None:  # what transformers prefers
             return
-        if locate_file(config.path, SINGLE_FILE, revision=config.revision) is None:
+        index = locate_file(config.path, INDEX_FILE, revision=config.revision)
+        if index is None:
             raise TargetError(
                 f"there is neither {SINGLE_FILE} nor {INDEX_FILE}",
                 where=f"target {config.path}",
                 hint="other weight formats are not read: load the model with transformers and save_pretrained it again",
             )
-        with self._open(SINGLE_FILE) as file:
-            self._file_of = dict.fromkeys(file.keys(), SINGLE_FILE)
+        self._file_of = _read_index(index)
+        self.names = set(self._file_of.values())
 
-    def read(self, name: str, *, tied: bool) -> Tensor:
-        key = _find_key(name, self._file_of)
+    def read(self, name: str, shape: tuple[int, ...], *, tied: bool) -> Tensor:
+        """The weight of that name. Its shape and kind are checked before it takes memory."""
+        file_of = self._file_of or self._keys_of_one()
+        key = _find_key(name, file_of)
         if key is None and name == LM_HEAD and tied:
-            key = _find_key(EMBED_TOKENS, self._file_of)
+            key = _find_key(EMBED_TOKENS, file_of)
         if key is None:
             raise TargetError(
                 f"no tensor is its {name}",
                 where=f"target {self._config.path}",
                 hint="the files are incomplete, or the architecture is not understood",
             )
-        if name == FINAL_NORM and key.removesuffix("weight") + "bias" in self._file_of:
+        if name == FINAL_NORM and key.removesuffix("weight") + "bias" in file_of:
             raise TargetError(
                 "its final norm is a LayerNorm with a bias",
                 where=f"target {self._config.path}",
                 hint="let the strategy capture last_hidden_states after the norm (post)",
             )
-        with self._open(self._file_of[key]) as file:
+        with self._open(file_of[key]) as file:
+            stored = file.get_slice(key)
+            if tuple(stored.get_shape()) != shape or stored.get_dtype() not in _FLOATS:
+                raise TargetError(
+                    f"{name} is {stored.get_dtype()} {reprlib.repr(stored.get_shape())}, but config.json says floats "
+                    f"{list(shape)}",
+                    where=f"target {self._config.path}: {file_of[key]}",
+                    hint="the weights and config.json are of different models",
+                )
             return file.get_tensor(key)
 
-    def _open(self, name: str):
+    def locate(self, name: str) -> Path:
         path = locate_file(self._config.path, name, revision=self._config.revision)
         if path is None:
             raise TargetError("the file is missing", where=f"target {self._config.path}: {name}", hint="copy it again")
+        return path
+
+    def _keys_of_one(self) -> dict[str, str]:
+        with self._open(SINGLE_FILE) as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        path = self.locate(name)
         try:
-            return safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as file:
+                yield file
         except (SafetensorError, OSError) as error:
             raise TargetError(f"not readable as safetensors: {error}", where=str(path), hint="copy it again") from error
 
@@ -149,10 +200,15 @@ def _find_key(name: str, keys: Iterable[str]) -> str | None:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TargetError(f"not a weight index: {error!r}", where=str(path), hint="copy it again") from error
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+    """Which file each weight is in, of files that are safetensors below the model's directory and nothing else."""
+    files = read_model_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files:
         raise TargetError("weight_map is not a table of file names", where=str(path), hint="copy it again")
+    for key, name in files.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise TargetError(
+                f"{reprlib.repr(name)} is not the name of a safetensors file of this model",
+                where=f"{path}: weight_map: {reprlib.repr(key)}",
+                hint="copy it again",
+            )
     return files

@@ -4,10 +4,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from specforge_core.contracts import TargetError
+from specforge_core.contracts import DataError, SpecForgeError, TargetError
+from specforge_core.contracts.files import read_json_object
 
+MAX_TEXT_BYTES = 256 << 20
+"""The longest text file of a model that a library is let read: the largest tokenizer.json in use has some 40 MB."""
+
+_TEXTS = (".json", ".jinja", ".txt", ".model")
+_COPY_AGAIN = "copy the model again"
+_LONGEST_REASON = 300  # characters of a library's own words; one line on a wide terminal says enough
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -29,10 +39,56 @@ def locate_file(model: str, name: str, *, revision: str | None = None) -> Path |
     return _download(model, name, revision)
 
 
-def contradicts_itself(error: Exception, where: str) -> TargetError:
-    """The error for a ``config.json`` that transformers reads and then refuses; its reason comes last."""
-    reason = str(error).strip().splitlines()[-1].strip()
-    return TargetError(f"config.json contradicts itself: {reason}", where=where, hint="copy the model again")
+def read_model_json(path: Path) -> dict[str, Any]:
+    """One of a model's JSON files, as :func:`locate_file` found it. Caches of the hub hold links to them.
+
+    :raises TargetError: it is not a JSON object.
+    """
+
+    def refuse(reason: str) -> TargetError:
+        return TargetError(f"not readable as JSON: {reason}", where=str(path), hint=_COPY_AGAIN)
+
+    return read_json_object(path.resolve(), refuse=refuse)
+
+
+def check_text_files(model: str) -> None:
+    """:raises TargetError: a text file in a model's directory is so long that reading it would take the machine."""
+    directory = Path(model).expanduser()
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+            raise TargetError(f"is longer than {MAX_TEXT_BYTES} bytes", where=str(path), hint=_COPY_AGAIN)
+
+
+@contextmanager
+def refusing(
+    what: str, *, where: str = "", hint: str, kind: type[TargetError | DataError] = TargetError
+) -> Iterator[None]:
+    """What a library raises over a model's files, of whatever kind, ends as one of ours: a boundary to foreign code.
+
+    transformers promises no kinds of errors (over a config.json alone AttributeError, AssertionError, TypeError and
+    more), a template raises what its expressions raise, and tokenizers raises bare ``Exception`` and Rust's panics.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except SpecForgeError:
+        raise
+    except StrictDataclassError as error:  # config.json is read and then refused; the reason comes last
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise kind(
+            f"config.json contradicts itself: {reason[:_LONGEST_REASON]}", where=where, hint=_COPY_AGAIN
+        ) from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # Ctrl-C and its like
+            raise
+        raise kind(f"{what}: {first_line(error)}", where=where, hint=hint) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line that an error says, or its type where that says nothing alone."""
+    first = (str(error).strip().splitlines() or [""])[0][:_LONGEST_REASON]
+    return f"{type(error).__name__}: {first}" if isinstance(error, KeyError) or not first else first
 
 
 def _download(model: str, name: str, revision: str | None) -> Path | None:

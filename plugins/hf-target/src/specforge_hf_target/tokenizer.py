@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from specforge_core.contracts import DataError, EncodedText, TargetError
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from specforge_hf_target.chat_template import render_template
 from specforge_hf_target.config import HfTargetConfig
-from specforge_hf_target.model_files import contradicts_itself
+from specforge_hf_target.model_files import check_text_files, refusing
+
+Span = tuple[int, int]
 
 _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -42,17 +44,13 @@ class HfChatTokenizer:
         return frozenset(self._tokenizer.all_special_ids) | {index for index, token in added if token.special}
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        self._template(required=True)
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise _refused(error) from error
+        text, _ = self._render(messages, add_generation_prompt=add_generation_prompt)
+        return text
 
     def encode(self, text: str) -> EncodedText:
         # verbose=False: a text beyond the model's length is cut later, and that is no warning's business
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with refusing("the tokenizer cannot encode this text", hint="leave the text out", kind=DataError):
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return EncodedText(encoded["input_ids"], encoded["offset_mapping"])
 
     def encode_with_assistant_mask(
@@ -63,20 +61,16 @@ class HfChatTokenizer:
             return None
         # Not apply_chat_template(return_assistant_tokens_mask=True): where a turn begins with a space that the
         # tokenizer trims from its offsets, that leaves this turn and all later ones out, silently.
-        try:
-            [text], [spans] = render_jinja_template(
-                conversations=[list(messages)],
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
-        except TemplateError as error:
-            raise _refused(error) from error
+        text, [spans] = self._render(messages, return_assistant_tokens_mask=True)
         encoded = self.encode(text)
         return encoded.input_ids, _mark_spans(encoded.offsets, spans)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
+
+    def _render(self, messages: Sequence[Mapping[str, str]], **options: bool) -> tuple[str, list[list[Span]]]:
+        template = self._template(required=True)
+        return render_template(template, messages, tokens=self._tokenizer.special_tokens_map, **options)
 
     def _template(self, *, required: bool) -> str:
         """The chat template; "" if there is none and none is required."""
@@ -89,13 +83,13 @@ class HfChatTokenizer:
                 where=self._where,
                 hint="add chat_template.jinja beside it, or give prompts as input_ids and loss_mask",
             )
+        if template and not isinstance(template, str):
+            raise TargetError(
+                f"the chat template is {reprlib.repr(template)}, which is no text",
+                where=self._where,
+                hint="correct chat_template in tokenizer_config.json",
+            )
         return template or ""
-
-
-def _refused(error: TemplateError) -> DataError:
-    return DataError(
-        f"the chat template refuses the conversation: {error}", hint="roles must come as the template wants them"
-    )
 
 
 def _mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -111,33 +105,21 @@ def _mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, i
 
 
 def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
-    """The tokenizer that belongs to the target.
+    """The tokenizer that belongs to the target. None of its files is run, and nobody is asked whether one may be.
 
     :raises TargetError: the target has none, or a slow one.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     where = f"target.path {config.path}"
+    hint = "put the model's tokenizer.json and tokenizer_config.json beside its config.json"
     config.read_config()
-    try:
+    check_text_files(config.path)
+    with refusing("the tokenizer cannot be loaded", where=where, hint=hint):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except StrictDataclassError as error:
-        raise contradicts_itself(error, where) from error
-    except (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TargetError(
-            f"the tokenizer cannot be loaded: {first}",
-            where=where,
-            hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
-        ) from error
-    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-        # transformers answers missing files with an empty tokenizer of the model's kind
-        raise TargetError(
-            "the tokenizer cannot be loaded: its vocabulary is empty or missing",
-            where=where,
-            hint="put the model's tokenizer.json and tokenizer_config.json beside its config.json",
-        )
+        known = tokenizer("text", add_special_tokens=False)["input_ids"]
+    if not known:  # transformers answers missing files with an empty tokenizer of the model's kind
+        raise TargetError("the tokenizer cannot be loaded: its vocabulary is empty or missing", where=where, hint=hint)
     return HfChatTokenizer(tokenizer, where)
