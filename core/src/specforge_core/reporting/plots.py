@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specforge_core.contracts import DataError
-from specforge_core.reporting.records import RunRecords, series
+from specforge_core.reporting.records import MAX_POSITIONS, RunRecords, series
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
 SMOOTH_OVER = 25
@@ -87,7 +87,7 @@ def _draw_positions(axes: Any, records: RunRecords) -> bool:
 
     rows = records.evaluations or records.steps
     count = 0
-    while series(rows, f"accuracy_{count}")[0]:
+    while count < MAX_POSITIONS and series(rows, f"accuracy_{count}")[0]:
         count += 1
     for position in range(count):
         steps, values = series(rows, f"accuracy_{position}")
@@ -129,7 +129,7 @@ def _draw_waiting(axes: Any, records: RunRecords) -> bool:
 def _draw_bench(axes: Any, records: RunRecords) -> bool:
     if records.bench is None:
         return False
-    acceptance = records.bench["position_acceptance"]
+    acceptance = records.bench.position_acceptance
     positions = list(range(1, len(acceptance) + 1))
     bars = axes.bar(positions, [value or 0.0 for value in acceptance], color=BLUE, width=0.6)
     labels = ["never proposed" if value is None else f"{value:.2f}" for value in acceptance]
