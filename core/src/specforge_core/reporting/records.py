@@ -124,7 +124,7 @@ def _read_parts(config: str, where: str) -> dict[str, str]:
     """Every scalar is read as text: nothing of a configuration is needed but three names."""
     try:
         problem = _find_problem(config)
-        values = None if problem else yaml.load(config, Loader=yaml.BaseLoader)
+        values = None if problem else yaml.BaseLoader(config).get_single_data()
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: of an escape, "\\UFFFFFFFF"
         problem = str(error)
     if problem:
@@ -164,18 +164,13 @@ def read_lines(path: Path) -> tuple[Row, ...]:
     """
     if not os.path.lexists(path):
         return ()
-    rows: list[Row] = []
     try:
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                row = _read_line(line, f"{path}:{number}")
-                if row is not None:
-                    rows.append(row)
+            lines = enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1)
+            rows = [_read_line(line, f"{path}:{number}") for number, line in lines]
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=str(path), hint=_AGAIN) from error
-    return tuple(rows)
+    return tuple(row for row in rows if row is not None)
 
 
 def _read_line(line: bytes, where: str) -> Row | None:
