@@ -17,6 +17,9 @@ from specforge_core.config.overrides import apply_override, parse_override
 from specforge_core.config.run_config import RunConfig
 from specforge_core.config.validation import validate_section
 from specforge_core.contracts import ConfigError
+from specforge_core.contracts.redaction import hide_secrets
+
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class LoadedConfig:
     """A run file that core understands; the plugins' sections are not checked yet.
 
     :param lines: line number of each key in the file, 1 for the first line.
-    :param overridden: the override's text, by the keys that it set.
+    :param overridden: the override's text without secrets, by the keys that it set.
     """
 
     config: RunConfig
@@ -50,7 +53,7 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedCo
         override = parse_override(text)
         apply_override(values, override)
         overridden = {k: v for k, v in overridden.items() if k[: len(override.keys)] != override.keys}
-        overridden[override.keys] = text
+        overridden[override.keys] = override.text
     config, problems = validate_section(
         RunConfig, values, locate=lambda keys: _locate(path, document.lines, overridden, keys)
     )
@@ -71,7 +74,7 @@ def _locate(
     path: Path, lines: Mapping[tuple[str, ...], int], overridden: Mapping[tuple[str, ...], str], keys: Keys
 ) -> str:
     texts = tuple(str(key) for key in keys)
-    dotted = ".".join(texts)
+    dotted = hide_secrets(".".join(texts))[:_SHOWN_CHARACTERS]
     for length in range(len(texts), 0, -1):
         if texts[:length] in overridden:
             return f"override {overridden[texts[:length]]!r}"

@@ -22,6 +22,7 @@ from specforge_core.config.sections import (
 from specforge_core.config.topologies import TOPOLOGIES
 from specforge_core.config.validation import validate_section
 from specforge_core.contracts import CaptureRequest, FeatureSpec, PlanError, PluginError, SpecForgeError, TargetInfo
+from specforge_core.contracts.redaction import show_value, without_secrets
 from specforge_core.hooks.descriptors import (
     FeatureStoreSpec,
     PartSpec,
@@ -117,7 +118,7 @@ class Plan:
         }
 
     def resolved(self) -> dict[str, Any]:
-        """The run file with every default written out; loading it gives this plan again."""
+        """The run file with every default written out; loading it, and saying its secrets again, gives this plan."""
         values = self.config.model_dump(mode="json")
         values["strategy"] = self.strategy_section.model_dump(mode="json")
         values["target"] = self.target_section.model_dump(mode="json")
@@ -126,7 +127,7 @@ class Plan:
         defaults = self.strategy_section.optimizer_defaults.model_dump(mode="json")
         training = values["training"]
         training.update({key: value for key, value in defaults.items() if training[key] is None})
-        return values
+        return cast("dict[str, Any]", without_secrets(values))
 
     def as_json(self) -> dict[str, Any]:
         """Everything ``specforge plan`` shows."""
@@ -208,7 +209,7 @@ class _Resolver:
         if not isinstance(name, str):
             names = self._registry.names(kind)
             choice = f"one of: {', '.join(names)}" if names else f"no {kind} is installed"
-            problem = "is missing" if name is None else f"must be text, got {name!r}"
+            problem = "is missing" if name is None else f"must be text, got {show_value(name)}"
             self.problems.append(f"{self._loaded.locate((key, 'name'))}: {problem} ({choice})")
             return
         try:
