@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from specforge_core.cli.progress import show_progress
-from specforge_core.config.load import load_run_config
 from specforge_core.config.plan import Plan, compose
 from specforge_core.contracts import StopSignal
 from specforge_core.hooks.manager import PluginRegistry
@@ -19,7 +18,10 @@ from specforge_core.hooks.manager import PluginRegistry
 if TYPE_CHECKING:
     from specforge_core.run.assemble import Run
 
-RUN_HELP = "Run file, or the directory of a run that was started."
+RUN_HELP = (
+    "Run file, or the directory of a run that was started. A directory that you did not make on this machine is data: "
+    "what it may run, connect to or write elsewhere must be said again as KEY=VALUE."
+)
 OVERRIDES_HELP = "Overrides such as training.epochs=2."
 
 console = Console()
@@ -40,9 +42,9 @@ def open_run(
 
 def compose_run(registry: PluginRegistry, run: Path, overrides: Sequence[str]) -> Plan:
     """The plan of what a user calls a run, with its overrides."""
-    from specforge_core.run.directory import run_file_of
+    from specforge_core.run.own_runs import load_run
 
-    return compose(load_run_config(run_file_of(run), overrides), registry)
+    return compose(load_run(run, overrides), registry)
 
 
 @contextmanager

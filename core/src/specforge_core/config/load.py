@@ -23,31 +23,56 @@ _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
+class RunSource:
+    """The run directory that a run file lies in. The run writes there, wherever the file says it does.
+
+    :param content: of the run file, as it was when ``received`` was found out.
+    :param received: somebody else may have written it.
+    """
+
+    directory: Path
+    content: bytes
+    received: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedConfig:
     """A run file that core understands; the plugins' sections are not checked yet.
 
     :param lines: line number of each key in the file, 1 for the first line.
     :param overridden: the override's text without secrets, by the keys that it set.
+    :param received: it may be somebody else's word: it lies in a run directory that this user did not make here.
     """
 
     config: RunConfig
     path: Path
     lines: Mapping[tuple[str, ...], int]
     overridden: Mapping[tuple[str, ...], str]
+    received: bool = False
+
+    def given(self, keys: tuple[str, str]) -> Any:
+        """The value of a section's key, as the run file has it."""
+        section = self.config.model_dump(mode="json")[keys[0]]
+        return section.get(keys[1]) if isinstance(section, dict) else None
 
     def locate(self, keys: Keys) -> str:
         """``run.yaml: training.epochs (line 12)``, or the override that set it."""
         return _locate(self.path, self.lines, self.overridden, keys)
 
 
-def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_run_config(
+    path: Path | str, overrides: Sequence[str] = (), *, source: RunSource | None = None
+) -> LoadedConfig:
     """Read a run file and apply ``a.b=c`` overrides, in order.
 
+    :param source: where the file is a run directory's; None: the user named the run file itself.
     :raises ConfigError: everything wrong with it that core can tell, at once.
     """
     path = Path(path)
-    document = read_document(path)
+    document = read_document(path, source.content if source is not None else None)
     values: dict[str, Any] = document.values
+    if source is not None and isinstance(values.get("run"), dict):
+        values["run"]["directory"] = str(source.directory)
     overridden: dict[tuple[str, ...], str] = {}
     for text in overrides:
         override = parse_override(text)
@@ -59,7 +84,8 @@ def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedCo
     )
     if config is None:
         raise _config_error(path, problems)
-    return LoadedConfig(config, path, document.lines, overridden)
+    received = source is not None and source.received
+    return LoadedConfig(config, path, document.lines, overridden, received)
 
 
 def _config_error(path: Path, problems: Sequence[tuple[str, str]]) -> ConfigError:

@@ -20,6 +20,7 @@ from specforge_core.config.sections import (
     TargetEngineConfig,
 )
 from specforge_core.config.topologies import TOPOLOGIES
+from specforge_core.config.trust import find_unconfirmed
 from specforge_core.config.validation import validate_section
 from specforge_core.contracts import CaptureRequest, FeatureSpec, PlanError, PluginError, SpecForgeError, TargetInfo
 from specforge_core.contracts.redaction import show_value, without_secrets
@@ -158,6 +159,9 @@ def compose(loaded: LoadedConfig, registry: PluginRegistry) -> Plan:
     parts.resolve("target-engine", "target", config.target)
     parts.resolve("feature-store", "store", config.store or {"name": needs.default_store})
     parts.resolve("ref-channel", "channel", config.channel or {"name": needs.default_channel})
+    unconfirmed = find_unconfirmed(loaded, parts.sections)
+    if unconfirmed:  # nothing is asked of the target, which may be elsewhere
+        raise PlanError([*parts.problems, *unconfirmed], where=str(loaded.path))
     info = parts.describe_target()
     request = parts.request_capture(info)
     mismatches = parts.problems + find_mismatches(
