@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a prompt set: aside first, then in place of what was there, complete or not at all (``prompt_set`` reads it)."""
+"""Writes a prompt set: aside first, then in place of what was there. Complete or not at all."""
 
 from __future__ import annotations
 
