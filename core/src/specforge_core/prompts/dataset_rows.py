@@ -34,14 +34,11 @@ def dataset_rows(directory: Path, *, most_values: int) -> Iterator[tuple[int, Ma
     :param most_values: characters, list items and numbers of a row; a larger one is refused before it is read.
     :raises DataError: not such a directory, several splits, a damaged file, or a column that prompts are not made of.
     """
-    number = 0
-    for path in _data_files(directory):
-        with _reading(path, directory):
-            for row in _rows_of(path, directory, most_values):
-                number += 1
-                if row is None:
-                    raise _too_large(f"{directory}:{number}", most_values)
-                yield number, row
+    rows = (row for path in _data_files(directory) for row in _rows_of(path, directory, most_values))
+    for number, row in enumerate(rows, start=1):
+        if row is None:
+            raise _too_large(f"{directory}:{number}", most_values)
+        yield number, row
 
 
 def _data_files(directory: Path) -> list[Path]:
@@ -106,7 +103,6 @@ def _reading(path: Path, directory: Path) -> Iterator[None]:
 def _rows_of(path: Path, directory: Path, most_values: int) -> Iterator[Mapping[str, Any] | None]:
     """The rows of one file; None in place of one that holds more than ``most_values``."""
     for batch in _batches(path, directory):
-        _check_types(batch, path)
         small = _count_values(batch) <= most_values
         for index in range(batch.num_rows):
             row = batch.slice(index, 1)
@@ -114,6 +110,11 @@ def _rows_of(path: Path, directory: Path, most_values: int) -> Iterator[Mapping[
 
 
 def _batches(path: Path, directory: Path) -> Iterator[pa.RecordBatch]:
+    with _reading(path, directory):
+        yield from _checked_batches(path, directory)
+
+
+def _checked_batches(path: Path, directory: Path) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
 
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
@@ -131,6 +132,7 @@ def _batches(path: Path, directory: Path) -> Iterator[pa.RecordBatch]:
     with pa.ipc.open_stream(content, options=pa.ipc.IpcReadOptions(included_fields=used)) as stream:
         for batch in stream:
             batch.validate(full=True)  # lengths and offsets lead nowhere else
+            _check_types(batch, path)
             yield batch
 
 
