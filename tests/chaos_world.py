@@ -70,6 +70,7 @@ class World:
         self._due: dict[str, float] = {}
         token = directory / "token"
         token.write_text("a secret of this run alone\n")
+        token.chmod(0o600)
         self.run_file = make_run_file(
             model,
             directory / "run.yaml",

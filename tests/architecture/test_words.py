@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import tomllib
 
 from source_tree import CORE, ROOT, Module, core, python_files, shipped, text_files
 
@@ -28,6 +30,10 @@ ENVIRONMENT = {
 }
 
 
+# Which distributions are this project's own, as data: the only ones that a message may advise to install.
+OFFICIAL_PARTS = "core/src/specforge_core/hooks/official_parts.json"
+
+
 def in_any(module: Module, places: set[str]) -> bool:
     return any(module.place == place or module.place.startswith(place + "/") for place in places)
 
@@ -35,11 +41,22 @@ def in_any(module: Module, places: set[str]) -> bool:
 def test_core_names_no_algorithm_and_no_vendor() -> None:
     wrong = []
     for path in sorted(CORE.rglob("*")):
-        if path.is_file() and path.suffix != ".pyc":
+        if path.is_file() and path.suffix != ".pyc" and path != ROOT / OFFICIAL_PARTS:
             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
                 if _NAME.search(line) or _NAME.search(path.name):
                     wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert not wrong, "\n".join(["", *wrong])
+
+
+def test_the_official_parts_are_those_of_this_repository() -> None:
+    kinds = {"strategies": "strategy", "target_engines": "target-engine"}
+    kinds |= {"feature_stores": "feature-store", "ref_channels": "ref-channel"}
+    offered: dict[str, dict[str, str]] = {kind: {} for kind in kinds.values()}
+    for path in (*ROOT.glob("specforge_*/pyproject.toml"), *ROOT.glob("plugins/*/pyproject.toml")):
+        project = tomllib.loads(path.read_text())["project"]
+        for group, points in project.get("entry-points", {}).items():
+            offered[kinds[group.removeprefix("specforge.")]] |= dict.fromkeys(points, project["name"])
+    assert json.loads((ROOT / OFFICIAL_PARTS).read_text()) == offered
 
 
 def test_nothing_that_is_read_can_run_code() -> None:

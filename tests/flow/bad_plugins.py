@@ -81,24 +81,23 @@ TABLE = [
         (
             "run.yaml: strategy.name (line ",
             "no strategy 'eagle4' is installed",
-            "'eagle3'?",
-            "pip install specforge-eagle4",
+            "did you mean 'eagle3'?",
         ),
     ),
     BadInput(
         "unknown target engine",
         lambda w: ["capture", w.run_file(target={"name": "triton"})],
-        ("run.yaml: target.name (line ", "no target-engine 'triton'", "pip install specforge-triton"),
+        ("run.yaml: target.name (line ", "no target-engine 'triton'", "`specforge plugins` lists"),
     ),
     BadInput(
         "unknown store",
         lambda w: ["plan", w.run_file(store={"name": "tape"})],
-        ("run.yaml: store.name (line ", "no feature-store 'tape'", "pip install specforge-tape-store"),
+        ("run.yaml: store.name (line ", "no feature-store 'tape'", "`specforge plugins` lists"),
     ),
     BadInput(
         "unknown channel",
         lambda w: ["plan", w.run_file(channel={"name": "mail"})],
-        ("run.yaml: channel.name (line ", "no ref-channel 'mail'", "pip install specforge-mail-channel"),
+        ("run.yaml: channel.name (line ", "no ref-channel 'mail'", "`specforge plugins` lists"),
     ),
     BadInput(
         "no strategy named",
@@ -144,7 +143,7 @@ TABLE = [
     BadInput(
         "demo of an unknown strategy",
         lambda w: ["demo", "eagle4", "--directory", "out", "--cache", "cache"],
-        ("no strategy 'eagle4' is installed", "pip install specforge-eagle4"),
+        ("no strategy 'eagle4' is installed", "did you mean 'eagle3'?"),
     ),
     BadInput(
         "demo of nothing",

@@ -57,6 +57,7 @@ def services(tmp_path: Path) -> Iterator[dict[str, Any]]:
 def run_disaggregated(specforge: Specforge, tiny_model: TinyModel, directory: Path, **sections: Any) -> Path:
     token_file = directory / "token"
     token_file.write_text(TOKEN)
+    token_file.chmod(0o600)
     run_file = make_run_file(
         tiny_model,
         directory / "apart.yaml",

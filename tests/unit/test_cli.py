@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,13 @@ def site(tmp_path: Path) -> Path:
     return directory
 
 
+def python_path(site: Path) -> str:
+    return os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))
+
+
 def specforge(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "specforge_core.cli.main", *arguments]
-    variables = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", **environment}
+    variables = {**os.environ, "PYTHONPATH": python_path(site), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         command, cwd=site.parent, env=variables, capture_output=True, text=True, timeout=SECONDS, check=False
     )
@@ -73,7 +79,7 @@ def test_plan_imports_no_torch(site: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", program],
         cwd=site.parent,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": python_path(site)},
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -166,3 +172,32 @@ def test_show_and_schema_and_doctor(site: Path) -> None:
     assert "strategy.fancy" in json.loads(specforge(site, "schema").stdout)["$defs"]
     found = json.loads(specforge(site, "doctor", "--json").stdout)
     assert found["torch"]["version"]
+
+
+@pytest.mark.parametrize("ending", ["import sys; sys.exit(0)", "raise KeyboardInterrupt", "raise GeneratorExit"])
+def test_a_plugin_that_ends_the_process_is_a_message(site: Path, ending: str) -> None:
+    install_broken(site, ending)
+    write_run(site, strategy={"name": "shattered"})
+    ended = specforge(site, "plan", "run.yaml")
+    assert ended.returncode == 2
+    assert "of broken-strategy 1.0 is broken" in ended.stderr
+    checked = specforge(site, "plugins", "check", "shattered")
+    assert checked.returncode == 1
+    assert "broken" in checked.stdout
+
+
+def test_ctrl_c_while_a_plugin_loads_ends_the_command(site: Path) -> None:
+    install_broken(site, "import pathlib, time; pathlib.Path('loading').touch(); time.sleep(60)")
+    write_run(site, strategy={"name": "shattered"})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "specforge_core.cli.main", "plan", "run.yaml"],
+        cwd=site.parent,
+        env={**os.environ, "PYTHONPATH": python_path(site)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (site.parent / "loading").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate(timeout=30)[1]
+    assert process.returncode == 130

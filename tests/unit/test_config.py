@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,131 @@ def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, message: str)
         load(tmp_path, GOOD, override)
     assert caught.value.where == f"override {override!r}"
     assert message in caught.value.message
+
+
+def bomb(levels: int = 10, width: int = 10) -> str:
+    """YAML of a few hundred bytes whose last anchor stands for width ** levels words."""
+    lines = ["a0: &a0 [x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * width)}]" for n in range(1, levels + 1)]
+    return "\n".join(lines) + "\n"
+
+
+LARGE = bomb()
+MERGES = "m0: &m0 {k: v}\n" + "".join(
+    f"m{n}: &m{n}\n  <<: [{', '.join([f'*m{n - 1}'] * 10)}]\n  k{n}: v\n" for n in range(1, 11)
+)
+LONG_TEXT = f"t: &t '{'x' * 100_000}'\nl: [{', '.join(['*t'] * 100_000)}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LARGE + "training: {epochs: *a10}\n", "aliases stand for more than"),
+        (LARGE + "strategy: {name: x, deep: {er: [*a10]}}\n", "aliases stand for more than"),
+        (LARGE + "topology: *a10\n", "aliases stand for more than"),
+        (bomb(3) + "? *a3\n: 1\n", "where a key belongs"),
+        (MERGES + "run:\n  <<: *m10\n", "aliases stand for more than"),
+        (LONG_TEXT, "aliases stand for more than"),
+        ("? [a, b]\n: 1\n", "where a key belongs"),
+        ("a: {? {b: c} : 1}\n", "where a key belongs"),
+        ("run: 2024-01-01\n", "a date"),
+        ("run: 2024-01-01 10:00:00\n", "a date"),
+        ("run: !!binary aGVsbG8=\n", "not read here"),
+        ("run: !!set {a, b}\n", "not read here"),
+        ("run: !!omap [a: 1]\n", "not read here"),
+        ("run: !!pairs [a: 1]\n", "not read here"),
+        ("run: !mine {a: 1}\n", "not read here"),
+        ("run: !!int x\n", "it is no int"),
+        ("run: !!int ''\n", "it is no int"),
+        ("run: !!float x\n", "it is no float"),
+        ("run: !!bool x\n", "it is no bool"),
+        (f"run: {'9' * 100_000}\n", "beyond 64 bits"),
+        (f"run: 0x{'f' * 100_000}\n", "beyond 64 bits"),
+        ("run: 9223372036854775808\n", "beyond 64 bits"),
+        (f"run: {'1:' * 200_000}1\n", "beyond 64 bits"),
+        ("true: 1\n", "key true is not a string"),
+        ("run: {null: 1}\n", "key null is not a string"),
+        ('run: "a\\0b"\n', r"control character \(U\+0000\)"),
+        ('run: "\\e[2J"\n', r"control character \(U\+001B\)"),
+        ('run: "\\ud800"\n', r"control character \(U\+D800\)"),
+        ('"\\x07": 1\n', r"control character \(U\+0007\)"),
+        ("a: [" + ", ".join(["x"] * 600_000) + "]\n", "is longer than 1048576 bytes"),
+        ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "nested too deeply"),
+        ("a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000)), "nested too deeply"),
+    ],
+)
+def test_hostile_yaml_is_refused_at_once(tmp_path: Path, text: str, message: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, text)
+    assert time.monotonic() - began < 15
+    assert len(str(caught.value)) < 1000
+    assert "run.yaml" in caught.value.where
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "!!binary aGk=", "9" * 5000, '"\\0"', "{[a]: b}", "2024-01-01"])
+def test_hostile_overrides_are_refused(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD, f"training.epochs={value}")
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_bomb_in_an_override_is_refused(tmp_path: Path) -> None:
+    flow = "[" + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 11)) + "]"
+    with pytest.raises(ConfigError, match="aliases stand for more than"):
+        load(tmp_path, GOOD, "strategy.x=" + flow.replace("*a0", "x"))
+
+
+def test_honest_aliases_are_spelt_out(tmp_path: Path) -> None:
+    text = GOOD.replace("[a.jsonl]", "&files [a.jsonl]\n  eval: *files") + "evaluation: &e {every_steps: 2}\n"
+    config = load(tmp_path, text + "bench:\n  <<: {prompts: 3}\n").config
+    assert (config.data.eval, config.bench.prompts) == ([Path("a.jsonl")], 3)
+
+
+def test_a_value_is_shown_short(tmp_path: Path) -> None:
+    many = ", ".join(["x"] * 10_000)
+    for setting in (f"epochs: [{many}]", f"epochs: '{'y' * 9999}'", f"epochs: {{a: [{many}]}}"):
+        with pytest.raises(ConfigError) as caught:
+            load(tmp_path, GOOD + f"  {setting}\n")
+        assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "channel: {name: redis, url: 'redis://:wonderful-secret@h'}\ntraining: *wonderful\n",
+        "channel: redis://:wonderful-secret@h\n",
+        "redis://:wonderful-secret@h: 1\n",
+        "topology: redis://:wonderful-secret@h\n",
+        "run: {directory: x, password: wonderful-secret}\n",
+        "bench: {password: wonderful-secret}\n",
+        "bench: [{password: wonderful-secret}]\n",
+        "data: {train: {secret: wonderful-secret}}\n",
+        "channel: !redis://:wonderful-secret@h {}\n",
+        "channel: {url: 'redis://:wonderful-secret@h'\n",
+    ],
+)
+def test_no_message_about_a_run_file_tells_a_secret(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    assert "wonderful-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "channel=redis://:wonderful-secret@h",
+        "channel.url.x=redis://:wonderful-secret@h",
+        "channel.password=wonderful-secret",
+        "bench.password=wonderful-secret",
+        "bench={password: wonderful-secret}",
+        "channel.url=[redis://:wonderful-secret@h",
+        "redis://:wonderful-secret@h",
+        "topology=redis://:wonderful-secret@h",
+        "bench.prompts={password: 'wonderful-secret",
+    ],
+)
+def test_no_message_about_an_override_tells_a_secret(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD.replace("target:", "channel: {name: x, url: y}\ntarget:"), override, "topology=other")
+    assert "wonderful-secret" not in str(caught.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fake_distributions import STRATEGY, install, install_strategy
 from specforge_core.contracts import PluginError
+from specforge_core.hooks.descriptors import resolve
 from specforge_core.hooks.discovery import PluginEntry, list_entries
 from specforge_core.hooks.manager import PluginRegistry
 
@@ -154,13 +155,29 @@ def test_whatever_a_plugin_does_wrong_names_its_distribution(
     assert registry.feature_store("file").name == "file"
 
 
-def test_missing_part_says_what_is_installed_and_what_to_install(site: Path, unique: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["wanted", "../x", "x; rm -rf /", "\x1b[2J", "redis://:wonderful-secret@h", "eagle3-pro"]
+)
+def test_a_missing_part_never_advises_to_install_what_was_typed(site: Path, unique: str, name: str) -> None:
     install_strategy(site, unique, "fancy")
     registry = PluginRegistry.discover()
-    with pytest.raises(PluginError, match=r"fancy.*pip install specforge-wanted\)"):
-        registry.strategy("wanted")
-    with pytest.raises(PluginError, match="pip install specforge-wanted-store"):
-        registry.feature_store("wanted")
+    for ask in (registry.strategy, registry.feature_store, registry.ref_channel, registry.target_engine):
+        with pytest.raises(PluginError, match=r"no [a-z-]+ .* is installed \(") as caught:
+            ask(name)
+        assert name not in caught.value.hint
+        assert caught.value.hint
+        assert "wonderful-secret" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+
+
+def test_a_part_of_this_project_that_is_not_installed_says_how_it_is() -> None:
+    registry = PluginRegistry([])
+    for name in ("eagle3", "eagle4", "eagl3"):
+        with pytest.raises(PluginError) as caught:
+            registry.strategy(name)
+        assert caught.value.hint.endswith("pip install specforge-eagle3")
+    with pytest.raises(PluginError, match=r"none is installed.*pip install specforge-mooncake-store"):
+        registry.feature_store("mooncake")
 
 
 def test_entry_points_that_share_a_module_register_it_once() -> None:
@@ -195,3 +212,66 @@ def test_a_failing_observer_is_reported_once_and_leaves_the_others(
     assert len(caplog.records) == 2
     module = __import__(good)
     assert module.seen == [(1, {"loss": 2.0}), (2, {"loss": 1.0})]
+
+
+ENDINGS = [
+    "sys.exit(0)",
+    "sys.exit('bye')",
+    "raise KeyboardInterrupt",
+    "raise GeneratorExit",
+    "raise BaseException('x')",
+]
+ENDINGS += ["raise Unspeakable", "raise RuntimeError('redis://:wonderful-secret@h')", "raise StopIteration"]
+PRELUDE = """\
+import sys
+class Unspeakable(Exception):
+    def __str__(self): sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_observer_can_end_nothing(site: Path, unique: str, caplog: pytest.LogCaptureFixture, ending: str) -> None:
+    good, bad, broken = (f"{unique}-{word}".replace("-", "_") for word in ("good", "bad", "broken"))
+    meddling = f"{OBSERVER}    metrics.clear()\n    {ending}\n"
+    sources = {good: OBSERVER, bad: PRELUDE + meddling, broken: PRELUDE + ending}
+    for module, source in sources.items():
+        install(site, module, groups={"specforge.observers": {module: module}}, modules={module: source})
+    with caplog.at_level(logging.WARNING):
+        observers = PluginRegistry.discover().observers()
+        observers.window_trained("run", 1, {"loss": 2.0})
+        observers.window_trained("run", 2, {"loss": 1.0})
+    assert observers.names == [good]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    for name in (bad, broken):
+        assert any(f"{name.replace('_', '-')} 1.0" in message for message in messages)
+    assert "wonderful-secret" not in "".join(messages)
+    assert __import__(good).seen == [(1, {"loss": 2.0}), (2, {"loss": 1.0})], "nobody's metrics were changed"
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("place", ["import", "hook", "attribute", "result"])
+def test_a_part_that_ends_the_process_is_broken(site: Path, unique: str, ending: str, place: str) -> None:
+    body = STRATEGY.replace("{name}", "fancy")
+    sources = {
+        "import": ending,
+        "hook": body.replace("    return [Str", f"    {ending}\n    return [Str"),
+        "attribute": f"def __getattr__(name):\n    {ending}\ndef __dir__(): return ['specforge_strategies']",
+        "result": body.replace(
+            "    return [Str", f"    def made():\n        {ending}\n        yield\n    return made(), [Str"
+        ),
+    }
+    install_strategy(site, unique, "fancy", modules={unique.replace("-", "_"): PRELUDE + sources[place]})
+    registry = PluginRegistry.discover()
+    for _ in range(2):
+        with pytest.raises(PluginError, match="is broken") as caught:
+            registry.strategy("fancy")
+        assert f"{unique} 1.0" in str(caught.value)
+        assert "wonderful-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_a_descriptor_names_may_not_end_the_process_either(site: Path, unique: str, ending: str) -> None:
+    (site / f"{unique.replace('-', '_')}.py").write_text(PRELUDE + ending)
+    with pytest.raises(PluginError, match="cannot be loaded"):
+        resolve(f"{unique.replace('-', '_')}:Strategy")

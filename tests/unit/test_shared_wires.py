@@ -57,6 +57,7 @@ def wires(tmp_path: Path, *, run_id: str = "r", features: str = "f", reuse: bool
     if token is not None:
         section.token_file = tmp_path / "token"
         section.token_file.write_text(token)
+        section.token_file.chmod(0o600)
     config = SimpleNamespace(run=section, data=SimpleNamespace(features=None))
     plan: Any = SimpleNamespace(config=config, run_id=run_id, feature_reuse=reuse)
     return RunWires(plan, RunDirectory(tmp_path, tmp_path), fingerprint=lambda split: f"{features} {split}")

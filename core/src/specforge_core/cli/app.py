@@ -8,12 +8,15 @@ torch. To add a command: a row in ``COMMANDS``, and a module beside this one who
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from specforge_core.cli.environment import disabled_by_environment
+from specforge_core.contracts.redaction import redact_message
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("init_command", "Write a commented run file for what is installed."),
@@ -51,8 +54,29 @@ Write a plugin, and look at it:
 """
 
 
+_UsageError: Any = typer.BadParameter.__base__  # typer has it from click, or from a copy of its own
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """An argument that is not understood is quoted, and may hold a password: ``report RUN channel.url=…``."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = redact_message(error.message)
+        raise
+
+
 class LazyCommands(TyperGroup):
     """Lists ``COMMANDS`` without importing any of them."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _without_secrets():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _without_secrets():
+            return super().invoke(ctx)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specforge_core.cli.session import OVERRIDES_HELP, RUN_HELP, compose_run
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -24,13 +26,8 @@ def register(app: typer.Typer) -> None:
 def plan(
     ctx: typer.Context,
     *,
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="Run file, or the directory of a run that was started.", show_default=False),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as training.epochs=2.")
-    ] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help=RUN_HELP, show_default=False)],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=OVERRIDES_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
     """Compose a run from its parts and print what it would do, or everything that does not fit.
@@ -41,11 +38,7 @@ def plan(
     """
     from rich.console import Console
 
-    from specforge_core.config.load import load_run_config
-    from specforge_core.config.plan import compose
-    from specforge_core.run.directory import run_file_of
-
-    composed = compose(load_run_config(run_file_of(run), overrides or []), ctx.obj)
+    composed = compose_run(ctx.obj, run, overrides or [])
     if as_json:
         typer.echo(json.dumps(composed.as_json(), indent=2))
     else:

@@ -89,6 +89,7 @@ def _probe(entries: Sequence[PluginEntry], contract: bool) -> dict[str, object]:
     The others are those that share its module: their hooks are rightly there.
     """
     from specforge_core.hooks.descriptors import StrategySpec, TargetEngineSpec, resolve
+    from specforge_core.hooks.foreign import describe_failure
     from specforge_core.hooks.manager import PluginRegistry
 
     entry, registry = entries[0], PluginRegistry(entries)
@@ -108,8 +109,8 @@ def _probe(entries: Sequence[PluginEntry], contract: bool) -> dict[str, object]:
         return _run_contract(spec, remark) if contract else _answer(remark=remark)
     except PluginError as error:
         return _answer(problem=error.message)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  the factory's module is foreign code too
-        return _answer(problem=f"{type(error).__name__}: {error}")
+    except BaseException as error:  # noqa: BLE001  the factory's module is foreign code too
+        return _answer(problem=describe_failure(error))
 
 
 def _run_contract(spec: PartSpec, remark: str) -> dict[str, object]:

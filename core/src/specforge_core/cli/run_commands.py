@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specforge_core.cli.environment import hand_down, handed_down
 from specforge_core.cli.session import OVERRIDES_HELP, RUN_HELP, compose_run, messages, open_plan, open_run
 from specforge_core.contracts import StopSignal
 
@@ -43,7 +44,7 @@ def capture(ctx: typer.Context, run: RunArgument, overrides: Overrides = None) -
 
     Example: specforge capture run.yaml capture.batch_size=16
     """
-    with open_run(ctx.obj, run, overrides or [], threads_of="capture") as opened:
+    with open_run(ctx.obj, run, [*handed_down(), *(overrides or [])], threads_of="capture") as opened:
         from specforge_core.run import roles
 
         counts = roles.capture(opened)
@@ -64,7 +65,7 @@ def train(ctx: typer.Context, run: RunArgument, overrides: Overrides = None) -> 
 
     Example: specforge train run.yaml training.learning_rate=5e-5
     """
-    with open_run(ctx.obj, run, overrides or []) as opened:
+    with open_run(ctx.obj, run, [*handed_down(), *(overrides or [])]) as opened:
         from specforge_core.run import roles
 
         outcome = roles.train(opened)
@@ -90,7 +91,7 @@ def run_both(
     """
     plan = compose_run(ctx.obj, run, overrides or [])
     if plan.config.topology == "disaggregated":
-        raise typer.Exit(_supervise(ctx.obj, plan, [str(run), *(overrides or [])], restarts=restarts))
+        raise typer.Exit(_supervise(ctx.obj, plan, str(run), overrides=overrides or [], restarts=restarts))
     with open_plan(plan, ctx.obj) as opened:
         from specforge_core.run import roles
 
@@ -99,7 +100,7 @@ def run_both(
     _say_outcome(opened, outcome)
 
 
-def _supervise(registry: PluginRegistry, plan: Plan, arguments: Sequence[str], *, restarts: int) -> int:
+def _supervise(registry: PluginRegistry, plan: Plan, run: str, *, overrides: Sequence[str], restarts: int) -> int:
     """Both halves as processes of their own; returns the run's exit status."""
     from specforge_core.run.directory import RunDirectory
     from specforge_core.run.interrupt import stop_on_signal
@@ -111,10 +112,10 @@ def _supervise(registry: PluginRegistry, plan: Plan, arguments: Sequence[str], *
         if entry.status == "disabled":
             program += ["--no-plugin", f"{entry.kind}:{entry.name}"]
     captures = [
-        Half(name=f"capture-{number}", command=[*program, "capture", *arguments])
+        Half(name=f"capture-{number}", command=[*program, "capture", run], environment=hand_down(overrides))
         for number in range(plan.config.capture.processes)
     ]
-    train_half = Half(name="train", command=[*program, "train", *arguments])
+    train_half = Half(name="train", command=[*program, "train", run], environment=hand_down(overrides))
     with directory.lock("run"), stop_on_signal(stop):
         messages.print(f"capture processes write to {directory.logs}", markup=False, highlight=False)
         return supervise(

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from specforge_core.cli.progress import show_progress
-from specforge_core.config.load import load_run_config
 from specforge_core.config.plan import Plan, compose
-from specforge_core.contracts import StopSignal
+from specforge_core.contracts import PluginError, StopSignal
+from specforge_core.contracts.redaction import show_value
 from specforge_core.hooks.manager import PluginRegistry
 
 if TYPE_CHECKING:
     from specforge_core.run.assemble import Run
 
-RUN_HELP = "Run file, or the directory of a run that was started."
+RUN_HELP = (
+    "Run file, or the directory of a run that was started. A directory that you did not make on this machine is data: "
+    "what it may run, connect to or write elsewhere must be said again as KEY=VALUE."
+)
 OVERRIDES_HELP = "Overrides such as training.epochs=2."
 
 console = Console()
@@ -40,9 +43,9 @@ def open_run(
 
 def compose_run(registry: PluginRegistry, run: Path, overrides: Sequence[str]) -> Plan:
     """The plan of what a user calls a run, with its overrides."""
-    from specforge_core.run.directory import run_file_of
+    from specforge_core.run.own_runs import load_run
 
-    return compose(load_run_config(run_file_of(run), overrides), registry)
+    return compose(load_run(run, overrides), registry)
 
 
 @contextmanager
@@ -62,5 +65,10 @@ def open_plan(plan: Plan, registry: PluginRegistry, *, threads_of: str = "traini
         run = Run(plan, stop=stop, progress=display.half, observers=[observer])
         try:
             yield run
+        except SystemExit as left:
+            raise PluginError(
+                f"a part of the run called sys.exit({show_value(left.code)}) before the run was over",
+                hint="`specforge plan` lists the parts and the distributions that they come from",
+            ) from left
         finally:
             run.close()

@@ -58,8 +58,9 @@ def _check_paths(parts: Composition) -> Iterator[str]:
     if config.run.directory.exists() and not config.run.directory.is_dir():
         yield f"{parts.at('run', 'directory')}: {config.run.directory} is a file; name a directory"
     token = config.run.token_file
-    if token is not None and not token.is_file():
-        yield f"{parts.at('run', 'token_file')}: {token} is no file; make one: openssl rand -hex 32 > {token}"
+    if token is not None and (token.is_dir() or not token.exists()):
+        make = f"(umask 077; openssl rand -hex 32 > {token})"
+        yield f"{parts.at('run', 'token_file')}: {token} is no file; make one: {make}"
     features = config.data.features
     if features is not None and config.topology != "offline":
         yield f"{parts.at('data', 'features')}: only `topology: offline` keeps features; leave it out or change that"

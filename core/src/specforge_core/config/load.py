@@ -17,6 +17,22 @@ from specforge_core.config.overrides import apply_override, parse_override
 from specforge_core.config.run_config import RunConfig
 from specforge_core.config.validation import validate_section
 from specforge_core.contracts import ConfigError
+from specforge_core.contracts.redaction import hide_secrets
+
+_SHOWN_CHARACTERS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class RunSource:
+    """The run directory that a run file lies in. The run writes there, wherever the file says it does.
+
+    :param content: of the run file, as it was when ``received`` was found out.
+    :param received: somebody else may have written it.
+    """
+
+    directory: Path
+    content: bytes
+    received: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,39 +40,52 @@ class LoadedConfig:
     """A run file that core understands; the plugins' sections are not checked yet.
 
     :param lines: line number of each key in the file, 1 for the first line.
-    :param overridden: the override's text, by the keys that it set.
+    :param overridden: the override's text without secrets, by the keys that it set.
+    :param received: it may be somebody else's word: it lies in a run directory that this user did not make here.
     """
 
     config: RunConfig
     path: Path
     lines: Mapping[tuple[str, ...], int]
     overridden: Mapping[tuple[str, ...], str]
+    received: bool = False
+
+    def given(self, keys: tuple[str, str]) -> Any:
+        """The value of a section's key, as the run file has it."""
+        section = self.config.model_dump(mode="json")[keys[0]]
+        return section.get(keys[1]) if isinstance(section, dict) else None
 
     def locate(self, keys: Keys) -> str:
         """``run.yaml: training.epochs (line 12)``, or the override that set it."""
         return _locate(self.path, self.lines, self.overridden, keys)
 
 
-def load_run_config(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load_run_config(
+    path: Path | str, overrides: Sequence[str] = (), *, source: RunSource | None = None
+) -> LoadedConfig:
     """Read a run file and apply ``a.b=c`` overrides, in order.
 
+    :param source: where the file is a run directory's; None: the user named the run file itself.
     :raises ConfigError: everything wrong with it that core can tell, at once.
     """
     path = Path(path)
-    document = read_document(path)
+    document = read_document(path, source.content if source is not None else None)
     values: dict[str, Any] = document.values
+    if source is not None and isinstance(values.get("run"), dict):
+        values["run"]["directory"] = str(source.directory)
     overridden: dict[tuple[str, ...], str] = {}
     for text in overrides:
         override = parse_override(text)
         apply_override(values, override)
         overridden = {k: v for k, v in overridden.items() if k[: len(override.keys)] != override.keys}
-        overridden[override.keys] = text
+        overridden[override.keys] = override.text
     config, problems = validate_section(
         RunConfig, values, locate=lambda keys: _locate(path, document.lines, overridden, keys)
     )
     if config is None:
         raise _config_error(path, problems)
-    return LoadedConfig(config, path, document.lines, overridden)
+    received = source is not None and source.received
+    return LoadedConfig(config, path, document.lines, overridden, received)
 
 
 def _config_error(path: Path, problems: Sequence[tuple[str, str]]) -> ConfigError:
@@ -71,7 +100,7 @@ def _locate(
     path: Path, lines: Mapping[tuple[str, ...], int], overridden: Mapping[tuple[str, ...], str], keys: Keys
 ) -> str:
     texts = tuple(str(key) for key in keys)
-    dotted = ".".join(texts)
+    dotted = hide_secrets(".".join(texts))[:_SHOWN_CHARACTERS]
     for length in range(len(texts), 0, -1):
         if texts[:length] in overridden:
             return f"override {overridden[texts[:length]]!r}"

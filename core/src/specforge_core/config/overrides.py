@@ -6,14 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
+from specforge_core.config.document import parse_value
 from specforge_core.contracts import ConfigError
+from specforge_core.contracts.redaction import HIDDEN, hide_secrets
+
+_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """Keys from the outermost section inwards, and the value as YAML reads it."""
+    """Keys from the outermost section inwards, and the value as YAML reads it.
+
+    :param text: the override as messages show it, without secrets.
+    """
 
     keys: tuple[str, ...]
     value: Any
@@ -26,14 +31,21 @@ def parse_override(text: str) -> Override:
     :raises ConfigError: it has no ``=``, an empty key, or a value that is not YAML.
     """
     dotted, equals, value = text.partition("=")
+    shown = _show(dotted, equals, value)
     keys = tuple(key.strip() for key in dotted.split("."))
     if not equals or not all(keys):
-        raise ConfigError("is not section.key=value", where=f"override {text!r}", hint="e.g. training.epochs=2")
+        raise ConfigError("is not section.key=value", where=f"override {shown!r}", hint="e.g. training.epochs=2")
     try:
-        return Override(keys, yaml.safe_load(value), text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        hint = "quote it as YAML, e.g. data.train='[a.jsonl, b.jsonl]'"
-        raise ConfigError("its value is not valid YAML", where=f"override {text!r}", hint=hint) from error
+        return Override(keys, parse_value(value, where="")[0], shown)
+    except ConfigError as error:
+        hint = error.hint or "quote it as YAML, e.g. data.train='[a.jsonl, b.jsonl]'"
+        raise ConfigError(f"its value: {error.message}", where=f"override {shown!r}", hint=hint) from None
+
+
+def _show(dotted: str, equals: str, value: str) -> str:
+    named = hide_secrets(f"{dotted.rpartition('.')[2]}={value}").partition("=")[2]  # a key's own name may tell a secret
+    text = f"{hide_secrets(dotted)}{equals}{named if named.startswith(HIDDEN) else hide_secrets(value)}"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + HIDDEN
 
 
 def apply_override(values: dict[str, Any], override: Override) -> None:

@@ -20,8 +20,10 @@ from specforge_core.config.sections import (
     TargetEngineConfig,
 )
 from specforge_core.config.topologies import TOPOLOGIES
+from specforge_core.config.trust import find_unconfirmed
 from specforge_core.config.validation import validate_section
 from specforge_core.contracts import CaptureRequest, FeatureSpec, PlanError, PluginError, SpecForgeError, TargetInfo
+from specforge_core.contracts.redaction import show_value, without_secrets
 from specforge_core.hooks.descriptors import (
     FeatureStoreSpec,
     PartSpec,
@@ -117,7 +119,7 @@ class Plan:
         }
 
     def resolved(self) -> dict[str, Any]:
-        """The run file with every default written out; loading it gives this plan again."""
+        """The run file with every default written out; loading it, and saying its secrets again, gives this plan."""
         values = self.config.model_dump(mode="json")
         values["strategy"] = self.strategy_section.model_dump(mode="json")
         values["target"] = self.target_section.model_dump(mode="json")
@@ -126,7 +128,7 @@ class Plan:
         defaults = self.strategy_section.optimizer_defaults.model_dump(mode="json")
         training = values["training"]
         training.update({key: value for key, value in defaults.items() if training[key] is None})
-        return values
+        return cast("dict[str, Any]", without_secrets(values))
 
     def as_json(self) -> dict[str, Any]:
         """Everything ``specforge plan`` shows."""
@@ -157,6 +159,9 @@ def compose(loaded: LoadedConfig, registry: PluginRegistry) -> Plan:
     parts.resolve("target-engine", "target", config.target)
     parts.resolve("feature-store", "store", config.store or {"name": needs.default_store})
     parts.resolve("ref-channel", "channel", config.channel or {"name": needs.default_channel})
+    unconfirmed = find_unconfirmed(loaded, parts.sections)
+    if unconfirmed:  # nothing is asked of the target, which may be elsewhere
+        raise PlanError([*parts.problems, *unconfirmed], where=str(loaded.path))
     info = parts.describe_target()
     request = parts.request_capture(info)
     mismatches = parts.problems + find_mismatches(
@@ -208,7 +213,7 @@ class _Resolver:
         if not isinstance(name, str):
             names = self._registry.names(kind)
             choice = f"one of: {', '.join(names)}" if names else f"no {kind} is installed"
-            problem = "is missing" if name is None else f"must be text, got {name!r}"
+            problem = "is missing" if name is None else f"must be text, got {show_value(name)}"
             self.problems.append(f"{self._loaded.locate((key, 'name'))}: {problem} ({choice})")
             return
         try:

@@ -7,6 +7,7 @@ Everything here is read by ``specforge plan``, so nothing here, nor in a subclas
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +25,15 @@ class PluginSection(Section):
     """A section whose ``name`` chooses the plugin (an entry point's name)."""
 
     name: str
+
+    def widens_trust(self) -> Mapping[str, str]:
+        """Keys whose values let a run do more than read local files as data, and what that is: run code, connect to
+        somebody, write outside the run directory, use a secret. (``{"url": "connect to host:port"}``)
+
+        Where the section comes from a run directory that somebody else may have made, each must be said again on the
+        command line. Asked before anything else of the section is used.
+        """
+        return {}
 
 
 class OptimizerDefaults(Section):

@@ -6,18 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 
 from specforge_core.config.document import Keys
 from specforge_core.config.sections import Section
+from specforge_core.contracts.redaction import HIDDEN, hide_secrets, is_secret_name, show_value
 from specforge_core.hooks.discovery import suggest
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SectionT = TypeVar("SectionT", bound=Section)
-
-_SHOWN_CHARACTERS = 60
 
 
 def validate_section(
@@ -33,7 +32,29 @@ def validate_section(
         return model.model_validate(values), []
     except ValidationError as error:
         details = error.errors(include_url=False)
-    return None, [(locate((*keys, *_file_keys(detail, values))), _describe(detail, model)) for detail in details]
+    return None, [_problem(detail, model, locate((*keys, *_file_keys(detail, values)))) for detail in details]
+
+
+def _problem(detail: ErrorDetails, model: type[BaseModel], where: str) -> tuple[str, str]:
+    """Where and what; the value of a secret stands in neither."""
+    secret = _is_secret(detail["loc"], model)
+    if secret and isinstance(detail["input"], str) and detail["input"]:
+        where = where.replace(detail["input"], HIDDEN)
+    return where, _describe(detail, model, shown=HIDDEN if secret else show_value(detail["input"]))
+
+
+def _is_secret(location: tuple[int | str, ...], model: type[BaseModel]) -> bool:
+    """A setting is one by its name, or as its section declares it (``repr=False``, ``SecretStr``)."""
+    section: type[BaseModel] | None = model
+    for step in location[:-1]:
+        section = _section_of(section, str(step)) if section is not None else None
+    last = str(location[-1]) if location else ""
+    declared = section.model_fields.get(last) if section is not None else None
+    return is_secret_name(last) or (declared is not None and not (declared.repr and _may_show(declared.annotation)))
+
+
+def _may_show(annotation: Any) -> bool:
+    return not {annotation, *get_args(annotation)} & {SecretStr, SecretBytes}
 
 
 def _file_keys(detail: ErrorDetails, values: Any) -> Keys:
@@ -52,7 +73,7 @@ def _file_keys(detail: ErrorDetails, values: Any) -> Keys:
     return tuple(found)
 
 
-def _describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
+def _describe(detail: ErrorDetails, model: type[BaseModel], *, shown: str) -> str:
     kind, location = detail["type"], detail["loc"]
     if kind == "extra_forbidden":
         return _describe_unknown(location, model)
@@ -64,11 +85,10 @@ def _describe(detail: ErrorDetails, model: type[BaseModel]) -> str:
     if kind in ("model_type", "dict_type", "model_attributes_type"):
         message = "must be a section of keys and values"
         if len(location) == 1 and isinstance(detail["input"], str):
-            message += f", like {location[0]}: {{name: {detail['input']}}}"
+            message += f", like {location[0]}: {{name: {hide_secrets(detail['input'])}}}"
     elif kind == "list_type":
         message = "must be a list, like [a, b]"
-    shown = repr(detail["input"])
-    return f"{message}, got {shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + '…'}"
+    return f"{message}, got {shown}"
 
 
 def _describe_unknown(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
@@ -84,7 +104,7 @@ def _describe_unknown(location: tuple[int | str, ...], model: type[BaseModel]) -
     if not hint and siblings:
         hint = f"known here: {', '.join(siblings)}"
     what = "unknown section" if len(location) == 1 and section is model and _dotted_keys(model) else "unknown key"
-    return f"{what} {key!r}; {hint}" if hint else f"{what} {key!r}"
+    return f"{what} {show_value(key)}; {hint}" if hint else f"{what} {show_value(key)}"
 
 
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field
@@ -25,6 +26,9 @@ class FileStoreConfig(FeatureStoreConfig):
     path: Path | None = Field(None, description="default: inside the run's feature directory")
     capacity_bytes: int | None = Field(None, ge=1, description="StoreFull beyond it; default: the disk")
 
+    def widens_trust(self) -> Mapping[str, str]:
+        return {} if self.path is None else {"path": f"keep its features in {self.path}"}
+
 
 class MemoryChannelConfig(RefChannelConfig):
     """Refs between threads of one process."""
@@ -35,6 +39,9 @@ class FileChannelConfig(RefChannelConfig):
 
     path: Path | None = Field(None, description="default: inside the run's feature directory")
     writer_timeout_seconds: float = Field(60.0, gt=0, description="a writer silent for longer is taken for dead")
+
+    def widens_trust(self) -> Mapping[str, str]:
+        return {} if self.path is None else {"path": f"keep its refs in {self.path}"}
 
 
 @hookimpl

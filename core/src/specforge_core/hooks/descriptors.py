@@ -14,6 +14,7 @@ from typing import Any
 
 from specforge_core.config.sections import FeatureStoreConfig, RefChannelConfig, StrategyConfig, TargetEngineConfig
 from specforge_core.contracts import ChannelCapabilities, EngineCapabilities, PluginError, StoreCapabilities
+from specforge_core.hooks.foreign import foreign_code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,12 +121,13 @@ PartSpec = StrategySpec | TargetEngineSpec | FeatureStoreSpec | RefChannelSpec
 def resolve(path: str) -> Any:
     """Import what a ``"module:attribute"`` string names.
 
-    :raises PluginError: the module does not import or lacks the attribute.
+    :raises PluginError: the module does not import, whatever it raises, or lacks the attribute.
     """
     module_name, _, attribute = path.partition(":")
-    try:
+
+    def broken(failure: str) -> PluginError:
+        hint = "reinstall the distribution that provides it, with its extras"
+        return PluginError(f"{path} cannot be loaded: {failure}", hint=hint)
+
+    with foreign_code(broken):
         return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PluginError(
-            f"{path} cannot be loaded: {error}", hint="reinstall the distribution that provides it, with its extras"
-        ) from error

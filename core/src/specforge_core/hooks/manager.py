@@ -8,9 +8,11 @@ does wrong becomes a :class:`PluginError` that names its distribution.
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any, cast
 
 import pluggy
@@ -23,6 +25,7 @@ from specforge_core.config.sections import (
     TargetEngineConfig,
 )
 from specforge_core.contracts import PluginError
+from specforge_core.contracts.redaction import show_value
 from specforge_core.hooks import specs
 from specforge_core.hooks.descriptors import (
     FeatureStoreSpec,
@@ -32,6 +35,7 @@ from specforge_core.hooks.descriptors import (
     TargetEngineSpec,
 )
 from specforge_core.hooks.discovery import Kind, PluginEntry, list_entries, suggest
+from specforge_core.hooks.foreign import foreign_code
 from specforge_core.hooks.observers import OBSERVER_HOOKS, Observers
 
 _log = logging.getLogger(__name__)
@@ -41,22 +45,18 @@ _PREFIX = "specforge_"
 
 @dataclass(frozen=True, slots=True)
 class _PartKind:
-    """What one kind's hook is called and must return.
-
-    :param package: what a distribution that offers part ``{}`` is named by convention.
-    """
+    """What one kind's hook is called and must return."""
 
     hook: str
     spec: type[PartSpec]
     config: type[PluginSection]
-    package: str
 
 
 _PARTS: Mapping[Kind, _PartKind] = {
-    "strategy": _PartKind("specforge_strategies", StrategySpec, StrategyConfig, "specforge-{}"),
-    "target-engine": _PartKind("specforge_target_engines", TargetEngineSpec, TargetEngineConfig, "specforge-{}-target"),
-    "feature-store": _PartKind("specforge_feature_stores", FeatureStoreSpec, FeatureStoreConfig, "specforge-{}-store"),
-    "ref-channel": _PartKind("specforge_ref_channels", RefChannelSpec, RefChannelConfig, "specforge-{}-channel"),
+    "strategy": _PartKind("specforge_strategies", StrategySpec, StrategyConfig),
+    "target-engine": _PartKind("specforge_target_engines", TargetEngineSpec, TargetEngineConfig),
+    "feature-store": _PartKind("specforge_feature_stores", FeatureStoreSpec, FeatureStoreConfig),
+    "ref-channel": _PartKind("specforge_ref_channels", RefChannelSpec, RefChannelConfig),
 }
 
 
@@ -191,20 +191,15 @@ class PluginRegistry:
     def _missing(self, kind: Kind, name: str) -> PluginError:
         names = self.names(kind)
         listed = f"installed: {', '.join(names)}" if names else "none is installed"
-        package = _PARTS[kind].package.format(name) if kind in _PARTS else f"specforge-{name}"
-        close = suggest(name, names)
-        hint = f"{close} Or try: pip install {package}" if close else f"try: pip install {package}"
-        return PluginError(f"no {kind} {name!r} is installed ({listed})", hint=hint)
+        return PluginError(f"no {kind} {show_value(name)} is installed ({listed})", hint=_advise(kind, name, names))
 
     def _load_descriptor(self, entry: PluginEntry) -> PartSpec:
         expected = _PARTS[entry.kind]
         plugin = self._register(entry)
         others = [other for other in self._manager.get_plugins() if other is not plugin]
         hook = self._manager.subset_hook_caller(expected.hook, others)
-        try:
+        with foreign_code(lambda failure: _broken(entry, f"{expected.hook} failed: {failure}")):
             offered = [descriptor for result in hook() for descriptor in result]
-        except Exception as error:  # a plugin's hook may fail in any way; it must name the plugin
-            raise _broken(entry, f"{expected.hook} failed: {type(error).__name__}: {error}") from error
         for descriptor in offered:
             _verify_descriptor(entry, descriptor, expected)
         named = [descriptor for descriptor in offered if descriptor.name == entry.name]
@@ -218,19 +213,18 @@ class PluginRegistry:
         plugin = self._manager.get_plugin(entry.value)
         if plugin is not None:
             return plugin
-        plugin = _import_plugin(entry)
-        try:
-            self._manager.register(plugin, name=entry.value)
-        except (ValueError, pluggy.PluginValidationError) as error:
-            raise _broken(entry, str(error)) from error
-        try:
-            self._manager.check_pending()
-            _verify_hooks(entry, plugin, self._promised_hooks(entry))
-        except (PluginError, pluggy.PluginValidationError) as error:
-            self._manager.unregister(plugin)
-            if isinstance(error, PluginError):
+        with foreign_code(lambda failure: _broken(entry, failure)):
+            plugin = _import_plugin(entry)
+            try:
+                self._manager.register(plugin, name=entry.value)
+                self._manager.check_pending()
+                _verify_hooks(entry, plugin, self._promised_hooks(entry))
+            except BaseException as error:
+                if self._manager.get_plugin(entry.value) is plugin:
+                    self._manager.unregister(plugin)
+                if isinstance(error, (ValueError, pluggy.PluginValidationError)):
+                    raise _broken(entry, str(error)) from error
                 raise
-            raise _broken(entry, str(error)) from error
         return plugin
 
     def _promised_hooks(self, entry: PluginEntry) -> frozenset[str]:
@@ -240,13 +234,22 @@ class PluginRegistry:
         return frozenset(hooks | (OBSERVER_HOOKS if "observer" in kinds else set()))
 
 
+def _advise(kind: Kind, name: str, installed: Collection[str]) -> str:
+    """What to do about a part that is missing. Only distributions of this project are named: whoever registers the name
+    that a user mistyped would have it installed."""
+    official: Mapping[str, str] = json.loads((files(__package__) / "official_parts.json").read_bytes()).get(kind, {})
+    if name in official:
+        return f"pip install {official[name]}"
+    meant = suggest(name, {*installed, *official})
+    close = [part for part in official if part not in installed and repr(part) in meant]
+    install = f" pip install {official[close[0]]}" if close else ""
+    return f"{meant}{install}" if meant else "`specforge plugins` lists what is installed; correct the name"
+
+
 def _import_plugin(entry: PluginEntry) -> Any:
     module_name, _, attribute = entry.value.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-        return getattr(module, attribute) if attribute else module
-    except (Exception, SystemExit) as error:  # importing a plugin runs foreign code
-        raise _broken(entry, f"{type(error).__name__}: {error}") from error
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module
 
 
 def _verify_hooks(entry: PluginEntry, plugin: Any, promised: frozenset[str]) -> None:

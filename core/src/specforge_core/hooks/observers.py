@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls the installed observers at the moments of a run, each on its own.
 
-An observer may not change a run, so one that raises is reported once, with its distribution, and not called again.
+An observer may not change a run, so one that raises, or calls ``sys.exit``, is reported once, with its distribution,
+and not called again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import pluggy
 
 from specforge_core.hooks.discovery import PluginEntry
+from specforge_core.hooks.foreign import describe_failure
 
 _log = logging.getLogger(__name__)
 
@@ -47,10 +49,10 @@ class Observers:
         self._call("specforge_run_started", {"run": run})
 
     def window_trained(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
-        self._call("specforge_window_trained", {"run": run, "step": step, "metrics": dict(metrics)})
+        self._call("specforge_window_trained", {"run": run, "step": step, "metrics": metrics})
 
     def evaluated(self, run: str, step: int, metrics: Mapping[str, float]) -> None:
-        self._call("specforge_evaluated", {"run": run, "step": step, "metrics": dict(metrics)})
+        self._call("specforge_evaluated", {"run": run, "step": step, "metrics": metrics})
 
     def checkpoint_saved(self, run: str, step: int, path: Path) -> None:
         self._call("specforge_checkpoint_saved", {"run": run, "step": step, "path": path})
@@ -62,15 +64,15 @@ class Observers:
         for key, entry in list(self._active.items()):
             plugin = self._manager.get_plugin(key)
             others = [other for other in self._manager.get_plugins() if other is not plugin]
+            own = {name: dict(value) if isinstance(value, Mapping) else value for name, value in arguments.items()}
             try:
-                self._manager.subset_hook_caller(hook, others)(**arguments)
-            except Exception as error:  # noqa: BLE001  foreign code; it may not end a run that merely tells it
+                self._manager.subset_hook_caller(hook, others)(**own)
+            except BaseException as error:  # noqa: BLE001  while a run goes on, Ctrl-C is a signal and raises nothing
                 del self._active[key]
                 _log.warning(
-                    "observer %r of %s failed in %s and is not called again: %s: %s",
+                    "observer %r of %s failed in %s and is not called again: %s",
                     entry.name,
                     entry.source,
                     hook,
-                    type(error).__name__,
-                    error,
+                    describe_failure(error),
                 )

@@ -7,12 +7,14 @@ The second waits for the first and finds the work done. The lock goes with its h
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from specforge_core.contracts import DataError, DeadlineExceeded, Progress
+from specforge_core.contracts.files import open_regular
 
 _POLL_SECONDS = 0.1
 DEADLINE_SECONDS = 3600.0
@@ -28,14 +30,14 @@ def locked(directory: Path, *, progress: Progress, deadline_seconds: float = DEA
     path = directory.parent / f".{directory.name}.lock"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise DataError(
             f"prepared prompts cannot be written: {error.strerror}",
             where=str(directory),
             hint="correct the permissions there, or choose another run directory",
         ) from error
-    with file:
+    with open(descriptor, "rb") as file:
         began = time.monotonic()
         while not _try_lock(file.fileno()):
             progress.waiting("another process that prepares the same prompts")

@@ -15,6 +15,8 @@ from specforge_core.contracts import ChatTokenizer, DataError
 from specforge_core.prompts.turn_markers import TurnMarkers, find_turn_markers
 
 Span = tuple[int, int]
+_MAX_TEXT_CHARACTERS = 6 << 20
+"""Half as much again as the longest row (``reader``): to encode text takes some 130 bytes for each of its own."""
 _THINKING_ENDS = "</think>"
 
 
@@ -49,6 +51,11 @@ class ConversationEncoder:
         if marked is not None:
             return list(marked[0]), [int(item) for item in marked[1]]
         text = self._tokenizer.render(messages, add_generation_prompt=False)
+        if len(text) > _MAX_TEXT_CHARACTERS:
+            raise DataError(
+                f"the chat template makes {len(text)} characters of it, {_MAX_TEXT_CHARACTERS} are the most",
+                hint="split the conversation: a prompt is cut at data.max_length tokens anyway",
+            )
         spans = locate_turns(text, messages, self._markers)
         encoded = self._tokenizer.encode(text)
         return list(encoded.input_ids), _mask_of_spans(encoded.offsets, spans)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,15 @@ from typing import TYPE_CHECKING, Any
 from specforge_core.contracts import ChatTokenizer, DataError, Progress, Prompt
 from specforge_core.prompts.directory_lock import locked
 from specforge_core.prompts.loss_mask import ConversationEncoder
-from specforge_core.prompts.prompt_set import PromptSet, PromptSetWriter, read_manifest
+from specforge_core.prompts.prompt_manifest import DamagedPrompts, read_manifest
+from specforge_core.prompts.prompt_set import PromptSet
+from specforge_core.prompts.prompt_writer import PromptSetWriter, remove_leftovers
 from specforge_core.prompts.reader import SourceRow, read_rows
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection
+
+_log = logging.getLogger(__name__)
 
 _REPORT_EVERY = 64
 
@@ -46,6 +51,7 @@ def prepare_prompts(
 
 
 def _prepare(sources: Sequence[Path], directory: Path, work: _Preparation, progress: Progress) -> PromptSet:
+    remove_leftovers(directory)
     known = _known_sources(directory)
     entries = [_describe_source(source, known) for source in sources]
     prepared = _reopen(directory, entries, work)
@@ -61,11 +67,12 @@ def _prepare(sources: Sequence[Path], directory: Path, work: _Preparation, progr
                 writer.add(prompt)
             if count % _REPORT_EVERY == 0:
                 progress.advance(_REPORT_EVERY, dropped=work.dropped)
-        return writer.finish(
+        writer.finish(
             fingerprint=_fingerprint(entries, work.rules, work.tokenizer_fingerprint),
             dropped=work.dropped,
             details={"sources": entries, "tokenizer": work.tokenizer_fingerprint},
         )
+    return PromptSet.open(directory)
 
 
 class _Preparation:
@@ -119,10 +126,14 @@ def _reopen(directory: Path, entries: Sequence[Mapping[str, Any]], work: _Prepar
     """What was prepared before, if it is whole and came from the same. A damaged or older set is prepared anew."""
     try:
         prepared = PromptSet.open(directory)
+    except DamagedPrompts as error:
+        _log.warning("%s: %s; they are prepared anew", error.where, error.message)
+        return None
     except DataError:
         return None
-    used = prepared.manifest.get("tokenizer", "")
-    if prepared.fingerprint != _fingerprint(entries, work.rules, used):
+    used, vocab_size = prepared.manifest["tokenizer"], work.rules["vocab_size"]
+    came_from = _fingerprint(entries, work.rules, used)
+    if prepared.fingerprint != came_from or prepared.largest_token_id >= vocab_size:
         return None
     return prepared if not used or work.make_tokenizer().fingerprint == used else None
 
@@ -155,4 +166,4 @@ def _known_sources(directory: Path) -> dict[str, Mapping[str, Any]]:
         manifest = read_manifest(directory)
     except DataError:
         return {}
-    return {entry["path"]: entry for entry in manifest.get("sources", [])}
+    return {entry["path"]: entry for entry in manifest["sources"]}

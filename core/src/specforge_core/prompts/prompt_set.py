@@ -2,34 +2,38 @@
 """Prepared prompts on disk: flat arrays that are mapped into memory, so a corpus never becomes Python objects.
 
 A directory of ``input_ids.i32``, ``loss_mask.u8``, ``offsets.i64`` (N + 1 of them), ``prompt_ids.txt`` and
-``manifest.json``, which says how large each must be. It is written aside and renamed: complete or invisible.
-Last step of the stage; capture, training and bench read it.
+``manifest.json``, which says what each must be. It is written aside and renamed: complete or invisible. Opening it
+reads all of it once, at the speed of memory. Last step of the stage; capture, training and bench read it.
 """
 
 from __future__ import annotations
 
-import json
+import mmap
 import os
-import shutil
-import sys
-import tempfile
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from specforge_core.contracts import DataError, Prompt
+from specforge_core.contracts.files import open_regular
+from specforge_core.prompts.prompt_manifest import (
+    ARRAYS,
+    IDS_FILE,
+    INPUT_IDS_FILE,
+    LOSS_MASK_FILE,
+    OFFSETS_FILE,
+    DamagedPrompts,
+    is_prompt_id,
+    read_manifest,
+)
+from specforge_core.prompts.prompt_writer import PromptSetWriter
 
-FORMAT = 1
-INPUT_IDS_FILE, LOSS_MASK_FILE, OFFSETS_FILE = "input_ids.i32", "loss_mask.u8", "offsets.i64"
-IDS_FILE, MANIFEST_FILE = "prompt_ids.txt", "manifest.json"
-_ARRAYS = (INPUT_IDS_FILE, LOSS_MASK_FILE, OFFSETS_FILE, IDS_FILE)
-_COUNT_CHUNK = 1 << 22
+_CHUNK = 1 << 22
+"""Elements that are looked at together: some 30 MB at most, and the calls for each cost nothing beside reading them."""
 
 
 class PromptSet(Sequence[Prompt]):
@@ -39,30 +43,64 @@ class PromptSet(Sequence[Prompt]):
         self.directory = directory
         self.manifest = manifest
         self.num_tokens = int(manifest["tokens"])
-        self._input_ids = torch.from_file(
-            str(directory / INPUT_IDS_FILE), shared=False, size=self.num_tokens, dtype=torch.int32
-        )
-        self._loss_mask = torch.from_file(
-            str(directory / LOSS_MASK_FILE), shared=False, size=self.num_tokens, dtype=torch.uint8
-        )
-        self._offsets = torch.from_file(
-            str(directory / OFFSETS_FILE), shared=False, size=int(manifest["prompts"]) + 1, dtype=torch.int64
-        )
-        self._ids = (directory / IDS_FILE).read_bytes()
-        ends = torch.frombuffer(bytearray(self._ids), dtype=torch.uint8).eq(ord("\n")).nonzero().flatten()
-        self._id_ends = ends
-        if len(ends) != len(self) or int(self._offsets[0]) != 0 or int(self._offsets[-1]) != self.num_tokens:
-            raise _damaged(directory, "its arrays do not belong together")
+        files = {name: self._map(name) for name in ARRAYS}
+        self._input_ids = torch.frombuffer(files[INPUT_IDS_FILE], dtype=torch.int32)
+        self._loss_mask = torch.frombuffer(files[LOSS_MASK_FILE], dtype=torch.uint8)
+        self._offsets = torch.frombuffer(files[OFFSETS_FILE], dtype=torch.int64)
+        self._ids = files[IDS_FILE]
+        self._id_ends = torch.frombuffer(self._ids, dtype=torch.uint8).eq(ord("\n")).nonzero().flatten()
+        self.largest_token_id = 0
+        self._check_arrays()
+        self._check_ids()
 
     @classmethod
     def open(cls, directory: Path) -> PromptSet:
-        """:raises DataError: nothing was prepared there, or files are missing, short or of another version."""
-        manifest = read_manifest(directory)
-        for name, size in manifest["sizes"].items():
-            path = directory / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise _damaged(directory, f"{name} is missing or not {size} bytes long")
-        return cls(directory, manifest)
+        """
+        :raises DataError: nothing was prepared there, or by another version.
+        :raises DamagedPrompts: a file is missing, or is not what was written.
+        """
+        return cls(directory, read_manifest(directory))
+
+    def _map(self, name: str) -> mmap.mmap:
+        """A file as it was checked: another one under its name is not opened afterwards."""
+        widths = {INPUT_IDS_FILE: 4, LOSS_MASK_FILE: 1}
+        size = widths[name] * self.num_tokens if name in widths else int(self.manifest["sizes"][name])
+        size = 8 * (len(self) + 1) if name == OFFSETS_FILE else size
+        try:
+            with open(open_regular(self.directory / name, os.O_RDONLY), "rb") as file:
+                if not 0 < size == os.fstat(file.fileno()).st_size:
+                    raise DamagedPrompts(self.directory, f"{name} is missing or not {size} bytes long")
+                mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except OSError as error:
+            reason = f"{name} is missing or not {size} bytes long: {error.strerror}"
+            raise DamagedPrompts(self.directory, reason) from error
+        digest = xxh3_128()
+        with memoryview(mapped) as content:
+            for start in range(0, size, _CHUNK):
+                digest.update(content[start : start + _CHUNK])
+        if digest.hexdigest() != self.manifest["digests"][name]:
+            raise DamagedPrompts(self.directory, f"{name} was altered")
+        return mapped
+
+    def _check_arrays(self) -> None:
+        for start in range(0, self.num_tokens, _CHUNK):
+            ids, mask = self._input_ids[start : start + _CHUNK], self._loss_mask[start : start + _CHUNK]
+            if int(ids.min()) < 0 or int(mask.max()) > 1:
+                raise DamagedPrompts(self.directory, "a token id is negative, or a mask neither 0 nor 1")
+            self.largest_token_id = max(self.largest_token_id, int(ids.max()))
+        for start in range(0, len(self), _CHUNK):
+            if int(self._offsets[start : start + _CHUNK + 1].diff().min()) < 1:
+                raise DamagedPrompts(self.directory, "a prompt ends before it begins")
+        if int(self._offsets[0]) != 0 or int(self._offsets[-1]) != self.num_tokens:
+            raise DamagedPrompts(self.directory, "its arrays do not belong together")
+
+    def _check_ids(self) -> None:
+        ids = self._ids[:].split(b"\n")
+        if ids.pop() or len(ids) != len(self) or len(set(ids)) != len(ids):
+            raise DamagedPrompts(self.directory, "its prompts have no ids, or two have one")
+        for number, prompt_id in enumerate(ids):
+            if not is_prompt_id(prompt_id):
+                raise DamagedPrompts(self.directory, f"the id of prompt {number} cannot be one")
 
     @property
     def fingerprint(self) -> str:
@@ -109,8 +147,8 @@ class PromptSet(Sequence[Prompt]):
         :raises DataError: vocabulary mismatch: a trained token id is not below ``vocab_size``.
         """
         counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for start in range(0, self.num_tokens, _COUNT_CHUNK):
-            stop = min(start + _COUNT_CHUNK, self.num_tokens)
+        for start in range(0, self.num_tokens, _CHUNK):
+            stop = min(start + _CHUNK, self.num_tokens)
             trained = self._input_ids[start:stop][self._loss_mask[start:stop].bool()]
             counted = torch.bincount(trained, minlength=vocab_size)
             if len(counted) > vocab_size:
@@ -123,78 +161,6 @@ class PromptSet(Sequence[Prompt]):
         return counts
 
 
-class PromptSetWriter:
-    """Writes a prompt set aside; ``finish`` makes it visible. Leaving the context before that leaves nothing."""
-
-    def __init__(self, directory: Path):
-        self._directory = directory
-        if directory.exists() and not (directory / MANIFEST_FILE).is_file() and any(directory.iterdir()):
-            raise DataError("holds other files", where=str(directory), hint="prepared prompts need their own directory")
-        with _writing(directory):
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            self._aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-            self._files: dict[str, BinaryIO] = {name: (self._aside / name).open("wb") for name in _ARRAYS}
-            array("q", [0]).tofile(self._files[OFFSETS_FILE])
-        self.prompts = self._tokens = 0
-
-    def __enter__(self) -> PromptSetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            with suppress(OSError):  # what could not be written has been said, and goes now
-                file.close()
-        shutil.rmtree(self._aside, ignore_errors=True)
-
-    def add(self, prompt: Prompt) -> None:
-        """Append one prompt.
-
-        :raises DataError: it has no tokens, a mask of another length, or an id that cannot be kept.
-        """
-        if not prompt.num_tokens or prompt.num_tokens != len(prompt.loss_mask) or "\n" in prompt.prompt_id:
-            raise DataError("is not a prompt", where=prompt.prompt_id, hint="input_ids and loss_mask have one length")
-        self._tokens += prompt.num_tokens
-        self.prompts += 1
-        with _writing(self._directory):
-            array("i", prompt.input_ids).tofile(self._files[INPUT_IDS_FILE])
-            self._files[LOSS_MASK_FILE].write(bytes(prompt.loss_mask))
-            array("q", [self._tokens]).tofile(self._files[OFFSETS_FILE])
-            self._files[IDS_FILE].write(prompt.prompt_id.encode() + b"\n")
-
-    def finish(self, *, fingerprint: str, dropped: int, details: Mapping[str, Any]) -> PromptSet:
-        """Make the set visible in place of whatever was there, and open it.
-
-        :raises DataError: nothing was added.
-        """
-        if not self.prompts:
-            raise DataError(
-                f"no prompt has a trained token: {dropped} dropped",
-                where=str(self._directory),
-                hint="conversations need assistant turns that begin before data.max_length tokens",
-            )
-        with _writing(self._directory):
-            self._write_manifest({"fingerprint": fingerprint, "dropped": dropped, **details})
-            _replace(self._aside, self._directory)
-        return PromptSet.open(self._directory)
-
-    def _write_manifest(self, content: Mapping[str, Any]) -> None:
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        manifest = {
-            "format": FORMAT,
-            "byteorder": sys.byteorder,
-            "prompts": self.prompts,
-            "tokens": self._tokens,
-            "sizes": {name: (self._aside / name).stat().st_size for name in _ARRAYS},
-            **content,
-        }
-        (self._aside / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
 def write_prompt_set(directory: Path, prompts: Iterable[Prompt], *, fingerprint: str, dropped: int = 0) -> PromptSet:
     """Write prompts that are at hand as a prompt set, complete or not at all.
 
@@ -203,47 +169,5 @@ def write_prompt_set(directory: Path, prompts: Iterable[Prompt], *, fingerprint:
     with PromptSetWriter(directory) as writer:
         for prompt in prompts:
             writer.add(prompt)
-        return writer.finish(fingerprint=fingerprint, dropped=dropped, details={})
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """:raises DataError: nothing was prepared there, or by another version."""
-    path = directory / MANIFEST_FILE
-    if not path.is_file():
-        raise DataError("holds no prepared prompts", where=str(directory), hint="prepare them again")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(directory, f"{MANIFEST_FILE} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("byteorder")) != (FORMAT, sys.byteorder):
-        raise _damaged(directory, "it was written by another version or on another kind of machine")
-    return manifest
-
-
-def _damaged(directory: Path, reason: str) -> DataError:
-    return DataError(
-        f"the prepared prompts cannot be used: {reason}", where=str(directory), hint="delete the directory"
-    )
-
-
-@contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"prepared prompts cannot be written: {error.strerror}",
-            where=str(directory),
-            hint="free space or correct permissions there; nothing partial was kept",
-        ) from error
-
-
-def _replace(aside: Path, directory: Path) -> None:
-    """Rename into place. What was there goes first; a reader of it keeps its mapped files."""
-    if directory.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-        os.rename(directory, old / "set")
-        os.rename(aside, directory)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(aside, directory)
+        writer.finish(fingerprint=fingerprint, dropped=dropped, details={})
+    return PromptSet.open(directory)

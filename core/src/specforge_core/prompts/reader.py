@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import DataError
+from specforge_core.contracts.redaction import show_value
+from specforge_core.prompts.dataset_rows import dataset_rows
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -32,6 +34,11 @@ ROLES: Mapping[str, str] = {
     "function": "tool",
     "observation": "tool",
 }
+MAX_ROW_BYTES = 4 << 20
+"""Of one row: a million tokens, more than any target attends to. Encoding takes 130 bytes for each byte of text."""
+_MAX_TURNS = 4096
+"""Of one conversation: each is looked for in the whole text, so time grows with the square of their number."""
+_SHOWN_CHARACTERS = 200
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TURN_KEYS = (("role", "content"), ("from", "value"))
 
@@ -92,7 +99,7 @@ def _labels(sources: Sequence[Path]) -> list[str]:
 def _contents(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line (or row) numbers, from 1, and objects."""
     if source.is_dir():
-        yield from _dataset_rows(source)
+        yield from dataset_rows(source, most_values=MAX_ROW_BYTES)
     elif source.is_file():
         yield from _json_lines(source)
     else:
@@ -104,53 +111,51 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         file = path.open("rb")
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path), hint="check its permissions") from error
-    with file as lines:
-        for number, line in enumerate(lines, start=1):
+    with file:
+        number = 0
+        while line := file.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > MAX_ROW_BYTES:
+                raise _too_long(where)
             if line.strip():
-                yield number, _parse_line(line, f"{path}:{number}")
+                yield number, _parse_line(line, where)
+
+
+def _too_long(where: str) -> DataError:
+    return DataError(
+        f"is longer than {MAX_ROW_BYTES} bytes",
+        where=where,
+        hint="one JSON object per line; split what is longer: a prompt is cut at data.max_length tokens anyway",
+    )
 
 
 def _parse_line(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise DataError("is not UTF-8", where=where, hint="convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON: {error}", where=where, hint="one JSON object per line") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:_SHOWN_CHARACTERS]
+        raise DataError(f"is not JSON: {reason}", where=where, hint="one JSON object per line") from error
     if not isinstance(value, dict):
         raise DataError(f"is a JSON {type(value).__name__}", where=where, hint="one JSON object per line")
     return value
 
 
-def _dataset_rows(directory: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        from datasets import Dataset, load_from_disk
-    except ImportError as error:
-        raise DataError(
-            "reading a dataset directory needs the datasets package",
-            where=str(directory),
-            hint="pip install 'specforge-core[datasets]'",
-        ) from error
-    try:
-        dataset = load_from_disk(str(directory))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"is not a dataset on disk: {error}",
-            where=str(directory),
-            hint="save_to_disk writes one; or name a JSONL file",
-        ) from error
-    if not isinstance(dataset, Dataset):
-        raise DataError(
-            f"holds several splits: {', '.join(sorted(dataset))}",
-            where=str(directory),
-            hint=f"name one, such as {directory / min(dataset, default='train')}",
-        )
-    yield from enumerate(dataset, start=1)
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """:raises ValueError: a key stands twice, so that it is not said which value counts."""
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"key {show_value(key)} stands twice")
+        made[key] = value
+    return made
 
 
 def _parse_row(content: Mapping[str, Any], *, prompt_id: str, where: str) -> SourceRow:
     given = content.get("id")
-    if given is not None and _SAFE_ID.fullmatch(str(given)):
+    if isinstance(given, (str, int, float)) and _SAFE_ID.fullmatch(str(given)):
         prompt_id = str(given)
     if content.get("input_ids") is not None:
         input_ids, loss_mask = _parse_tokens(content, where)
@@ -159,10 +164,15 @@ def _parse_row(content: Mapping[str, Any], *, prompt_id: str, where: str) -> Sou
         if content.get(key) is not None:
             return SourceRow(prompt_id, where, messages=_parse_messages(content[key], f"{where}: {key}"))
     raise DataError(
-        f"has none of messages, conversations, input_ids; its keys are {', '.join(map(str, content)) or 'none'}",
+        f"has none of messages, conversations, input_ids; its keys are {_names(content) or 'none'}",
         where=where,
         hint="a row is a conversation, or input_ids with loss_mask",
     )
+
+
+def _names(content: Mapping[str, Any]) -> str:
+    names = ", ".join(key if key.isprintable() else repr(key) for key in list(content)[:20])
+    return names if len(names) <= _SHOWN_CHARACTERS else names[:_SHOWN_CHARACTERS] + "…"
 
 
 def _parse_tokens(content: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
@@ -186,6 +196,8 @@ def _are_integers(value: object) -> bool:
 def _parse_messages(value: object, where: str) -> Messages:
     if not isinstance(value, list) or not value:
         raise DataError("is not a list of turns, or empty", where=where, hint="at least one user and assistant turn")
+    if len(value) > _MAX_TURNS:
+        raise DataError(f"holds {len(value)} turns, {_MAX_TURNS} are the most", where=where, hint="split it")
     return [_parse_turn(turn, f"{where}[{index}]") for index, turn in enumerate(value)]
 
 
@@ -199,7 +211,9 @@ def _parse_turn(turn: object, where: str) -> Mapping[str, str]:
     role_key, content_key = keys
     role, content = turn[role_key], turn.get(content_key)
     if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"unknown role {role!r}", where=f"{where}.{role_key}", hint=f"roles are {', '.join(ROLES)}")
+        raise DataError(
+            f"unknown role {show_value(role)}", where=f"{where}.{role_key}", hint=f"roles are {', '.join(ROLES)}"
+        )
     if turn.get("tool_calls"):
         raise DataError("tool calls are not supported", where=f"{where}.tool_calls", hint="render them, give input_ids")
     _check_text(content, f"{where}.{content_key}", hint)

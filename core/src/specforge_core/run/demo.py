@@ -12,7 +12,7 @@ import yaml
 from specforge_core.contracts import ConfigError, PluginError, Progress
 from specforge_core.hooks.descriptors import DemoTarget, resolve
 from specforge_core.hooks.manager import PluginRegistry
-from specforge_core.run.directory import write_yaml
+from specforge_core.run.directory import to_yaml, write_text
 
 
 def default_cache() -> Path:
@@ -68,5 +68,5 @@ def write_demo_run(
         "data", {}
     )
     path = directory / "demo.yaml"
-    write_yaml(path, run_file)
+    write_text(path, to_yaml(run_file))
     return path

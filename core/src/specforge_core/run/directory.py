@@ -23,7 +23,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -32,6 +32,9 @@ import yaml
 
 from specforge_core.config.run_config import RunConfig
 from specforge_core.contracts import ConfigError, DataError, Split
+from specforge_core.contracts.files import open_regular, replace_file
+
+_LOCK_BYTES = 64  # of who holds a lock
 
 Role = Literal["run", "train"]
 
@@ -108,15 +111,17 @@ class RunDirectory:
         with ExitStack() as opened:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                handle = opened.enter_context(open(self.root / f".{role}.lock", "a+b", buffering=0))
+                descriptor = open_regular(self.root / f".{role}.lock", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+                handle = opened.enter_context(open(descriptor, "a+b", buffering=0))
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 handle.truncate(0)
                 handle.write(f"pid {os.getpid()}".encode())
             except BlockingIOError:
                 handle.seek(0)
+                holder = handle.read(_LOCK_BYTES).decode(errors="replace") or "unknown"
                 what = "this run" if role == "run" else f"the {role} role of this run"
                 raise ConfigError(
-                    f"another process ({handle.read().decode() or 'unknown'}) is running {what}",
+                    f"another process ({holder}) is running {what}",
                     where=str(self.root),
                     hint="wait for it, stop it, or choose another run.directory",
                 ) from None
@@ -135,14 +140,10 @@ def write_text(path: Path, text: str) -> None:
 
     :raises DataError: it cannot be written; what was there is unchanged.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        replace_file(path, text.encode())
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         raise DataError(
             f"cannot be written: {error.strerror}", where=str(path), hint="free space or correct the permissions there"
         ) from error
@@ -152,8 +153,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
-def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
-    write_text(path, yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
+def to_yaml(value: Mapping[str, Any]) -> str:
+    """A run file's text."""
+    return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
 
 
 def run_file_of(run: Path) -> Path:

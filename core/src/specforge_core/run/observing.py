@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.hooks.observers import Observers as PluginObservers
-from specforge_core.run.directory import RunDirectory, write_json, write_yaml
+from specforge_core.run.directory import RunDirectory, to_yaml, write_json, write_text
+from specforge_core.run.own_runs import mark_as_own
 from specforge_core.training.evaluator import Evaluation
 from specforge_core.training.metrics_log import window_values
 from specforge_core.training.observers import Outcome
@@ -24,7 +25,7 @@ class RunRecord:
         self._provenance = provenance
 
     def run_started(self, step: int, total_steps: int) -> None:
-        write_yaml(self._directory.config, self._config)
+        write_text(self._directory.config, mark_as_own(to_yaml(self._config), self._directory.root))
         write_json(self._directory.provenance, self._provenance)
 
     def window_trained(self, result: WindowResult) -> None:

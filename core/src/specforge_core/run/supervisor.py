@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
 from specforge_core.contracts import SpecForgeError, StopSignal
+from specforge_core.contracts.files import make_directory, open_regular
 from specforge_core.run.interrupt import EXIT_INTERRUPTED
 
 _FIRST_PAUSE_SECONDS = 0.5
@@ -40,11 +41,13 @@ class Half:
     """One process of a run.
 
     :param restartable: it may be started again with the same command after it was killed.
+    :param environment: added to this process's; what others on the machine must not read belongs here.
     """
 
     name: str
     command: Sequence[str]
     restartable: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Phase(Enum):
@@ -160,7 +163,7 @@ def _watch(policy: SupervisionPolicy, children: _Children, *, stop: StopSignal, 
             policy.waited_enough()
         if policy.phase is not before:
             deadline = time.monotonic() + grace_seconds
-            children.cancel_restarts()
+            children.due.clear()
             if policy.phase is Phase.STOPPING:
                 children.terminate()
         elif policy.phase is Phase.STOPPING and time.monotonic() >= deadline:
@@ -184,26 +187,27 @@ class _Children:
     alone, and whatever a half started can be ended with it."""
 
     def __init__(self, halves: Sequence[Half], *, main: str, logs: Path) -> None:
-        self._commands = {half.name: half.command for half in sorted(halves, key=lambda half: half.name != main)}
+        self._halves = {half.name: half for half in sorted(halves, key=lambda half: half.name != main)}
         self._logs = {half.name: logs / f"{half.name}.log" for half in halves if half.name != main}
         self._log_starts: dict[str, int] = {}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._due: dict[str, float] = {}
+        self.due: dict[str, float] = {}  # when a half is started again
 
     def remain(self) -> bool:
         """Whether a half runs or is about to be started again."""
-        return bool(self._processes or self._due)
+        return bool(self._processes or self.due)
 
     def start(self, name: str) -> None:
         with ExitStack() as opened:
             try:
                 log = None
                 if (path := self._logs.get(name)) is not None:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    log = opened.enter_context(open(path, "ab"))
+                    make_directory(path.parent)
+                    log = opened.enter_context(open(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab"))
                     self._log_starts[name] = log.tell()
                 self._processes[name] = subprocess.Popen(
-                    self._commands[name],
+                    self._halves[name].command,
+                    env={**os.environ, **self._halves[name].environment},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -218,19 +222,16 @@ class _Children:
                 ) from error
 
     def start_later(self, name: str, seconds: float) -> None:
-        self._due[name] = time.monotonic() + seconds
+        self.due[name] = time.monotonic() + seconds
 
     def start_due(self) -> None:
-        for name in [name for name, due in self._due.items() if time.monotonic() >= due]:
-            del self._due[name]
+        for name in [name for name, due in self.due.items() if time.monotonic() >= due]:
+            del self.due[name]
             self.start(name)
-
-    def cancel_restarts(self) -> None:
-        self._due.clear()
 
     def ended(self) -> list[tuple[str, int]]:
         """Halves that ended since the last call, the main one first, and how; each is reaped."""
-        running = [name for name in self._commands if name in self._processes]
+        running = [name for name in self._halves if name in self._processes]
         return [(name, self._reap(name)) for name in running if self._has_ended(name)]
 
     def _has_ended(self, name: str) -> bool:
@@ -263,7 +264,7 @@ class _Children:
 
     def show_log(self, name: str) -> None:
         """The last lines that the half's last process wrote."""
-        with open(self._logs[name], "rb") as log:
+        with open(open_regular(self._logs[name], os.O_RDONLY), "rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_starts[name], size - _TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]

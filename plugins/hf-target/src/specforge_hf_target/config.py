@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -40,6 +41,18 @@ class HfTargetConfig(TargetEngineConfig):
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     attn_implementation: str | None = Field(None, description="transformers' attention; default: its own choice")
+
+    def widens_trust(self) -> Mapping[str, str]:
+        asked = {}
+        if self.trust_remote_code:
+            asked["trust_remote_code"] = f"run Python code that came with its target {self.path}"
+        if self.attn_implementation is not None and "/" in self.attn_implementation:
+            asked["attn_implementation"] = f"run {self.attn_implementation}, code from the hub"
+        if not Path(self.path).expanduser().is_dir():
+            asked["path"] = f"fetch {self.path} from the hub"
+            if self.revision is not None:
+                asked["revision"] = f"use revision {self.revision} of it"
+        return asked
 
     def describe(self) -> TargetInfo:
         """The target as its ``config.json`` describes it.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -32,6 +33,12 @@ class MooncakeStoreConfig(FeatureStoreConfig):
     deadline_seconds: float = Field(
         30.0, gt=0, description="how long a master or peer that does not answer is asked again; above its client_ttl"
     )
+
+    def widens_trust(self) -> Mapping[str, str]:
+        asked = {"master": f"connect to {self.master}"}
+        if self.host is not None:
+            asked["host"] = f"listen on {self.host}"
+        return asked
 
     @field_validator("segment_bytes")
     @classmethod

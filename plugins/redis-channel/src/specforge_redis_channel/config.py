@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field, PlainSerializer, field_validator
 from specforge_core import RefChannelConfig
 
+_LOCAL = "redis://127.0.0.1:6379/0"
 _SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -22,7 +24,7 @@ class RedisChannelConfig(RefChannelConfig):
     """Refs over Redis Streams."""
 
     url: Annotated[str, PlainSerializer(without_secrets)] = Field(
-        "redis://127.0.0.1:6379/0",
+        _LOCAL,
         repr=False,
         description="redis://, rediss:// (TLS) or unix://; with [user:password@], database, and options after '?'",
     )
@@ -30,6 +32,11 @@ class RedisChannelConfig(RefChannelConfig):
         30.0, ge=1, description="a process silent for longer is taken for dead: what it leased goes to others"
     )
     reconnect_seconds: float = Field(60.0, ge=0, description="how long a lost connection is tried again")
+
+    def widens_trust(self) -> Mapping[str, str]:
+        if self.url == _LOCAL:
+            return {}
+        return {"url": f"connect to {without_secrets(self.url)}"}
 
     @field_validator("url")
     @classmethod

@@ -11,7 +11,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from redis.backoff import NoBackoff
 from redis.connection import ConnectionPool, parse_url
 from redis.retry import Retry
 from specforge_core.contracts import AccessDenied, ChannelError, SpecForgeError
+from specforge_core.contracts.redaction import HIDDEN, is_secret_name, redact_message
 
 from specforge_redis_channel.config import RedisChannelConfig, without_secrets
 
@@ -31,6 +32,8 @@ _DAMAGED = re.compile(r"DAMAGED (\S+)")
 _OTHER_DATA = "other data is under this run's keys: use another run.id, or remove them"
 
 _FORMAT = "3"
+_SAID_CHARACTERS = 500
+"""Of a server's message: what answers may be no Redis at all, and say anything at any length."""
 _CALL_SECONDS = 5.0
 _OPEN_SECONDS = 5.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -90,6 +93,7 @@ class RedisConnection:
                 "socket_connect_timeout": seconds,
             }
             self._connection: Any = ConnectionPool(**options).make_connection()
+            self._secrets = _secrets_of(options, proof)
         except (ValueError, TypeError, AttributeError, exceptions.RedisError) as error:
             raise ChannelError(
                 f"channel.url has an option that the client does not take ({type(error).__name__})", where=self.where
@@ -125,7 +129,7 @@ class RedisConnection:
             except exceptions.ResponseError as error:
                 raise self._refused(error) from None
             except exceptions.RedisError as error:
-                raise ChannelError(f"what answers is no Redis server: {error}", where=self.where) from None
+                raise ChannelError(f"what answers is no Redis server: {self._told(error)}", where=self.where) from None
             self._interrupted.wait(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -205,20 +209,20 @@ class RedisConnection:
         insecure = "SSL" in str(error) or "certificate" in str(error)
         if insecure:
             raise ChannelError(
-                f"no secure connection: {_without_address(error)}",
+                f"no secure connection: {self._told(error)}",
                 where=self.where,
                 hint="rediss:// needs a server that speaks TLS and a certificate that is trusted: ?ssl_ca_certs=ca.pem",
             ) from None
         if remaining <= 0 or self._interrupted.is_set():
             raise ChannelError(
-                f"the server cannot be reached, tried for {seconds:g} s: {_without_address(error)}",
+                f"the server cannot be reached, tried for {seconds:g} s: {self._told(error)}",
                 where=self.where,
                 hint="start it, or correct channel.url (rediss:// where, and only where, it speaks TLS)",
             ) from None
 
     def _denied(self, error: Exception) -> AccessDenied:
         return AccessDenied(
-            f"the server lets nobody in with this user and password: {error}",
+            f"the server lets nobody in with this user and password: {self._told(error)}",
             where=self.where,
             hint="put them into channel.url: redis://user:password@host, special characters percent-encoded",
         )
@@ -240,16 +244,24 @@ class RedisConnection:
             hint="find out who else writes there; remove this run's keys, then run again",
         )
 
+    def _told(self, error: Exception) -> str:
+        """The client's or the server's message, shortened; a timeout has none."""
+        said = str(error) or type(error).__name__
+        for secret in self._secrets:
+            said = said.replace(secret, HIDDEN)
+        return redact_message(said)[:_SAID_CHARACTERS]
+
     def _refused(self, error: exceptions.ResponseError) -> ChannelError:
         if found := _DAMAGED.search(str(error)):
             return self.damaged(found[1])
         hints = (hint for kind, word, hint in _HINTS if isinstance(error, kind) and word in str(error))
-        return ChannelError(f"the server refuses: {error}", where=self.where, hint=next(hints, ""))
+        return ChannelError(f"the server refuses: {self._told(error)}", where=self.where, hint=next(hints, ""))
 
 
-def _without_address(error: Exception) -> str:
-    """The client's message; a timeout has none."""
-    return str(error) or type(error).__name__
+def _secrets_of(options: Mapping[str, Any], proof: str) -> list[str]:
+    """What no message may tell, longest first: a server may quote the command that it refuses."""
+    given = [proof, *(value for name, value in options.items() if name == "username" or is_secret_name(name))]
+    return sorted({str(secret) for secret in given if secret}, key=len, reverse=True)
 
 
 def text(value: bytes) -> str:
