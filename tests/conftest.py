@@ -45,3 +45,10 @@ def specforge(tmp_path: Path) -> Specforge:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     return run
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "tests/fuzz; `make fuzz` is its long version")
+    group.addoption("--fuzz-seconds", type=float, default=3.0, help="for each kind of files")
+    group.addoption("--fuzz-seed", type=int, default=7)
+    group.addoption("--fuzz-only", type=int, help="the number of one change, as a failure names it")
