@@ -71,7 +71,7 @@ def test_memory_on_loopback_can_be_used(tmp_path: Path) -> None:
         master = printed[3].split("master: ")[1].strip()
         section = MooncakeStoreConfig(name="mooncake", master=master, segment_bytes=0)
         store = MooncakeStore(section, PartContext(run_id="loopback", directory=tmp_path))
-        assert_same(store.get(store.put(make_sample())), make_sample())
+        assert_same(store.get(store.put(make_sample().sample_id, make_sample())), make_sample())
         store.close()
 
 
