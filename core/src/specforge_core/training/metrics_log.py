@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError, simulated_acceptance_length
+from specforge_core.contracts.files import open_regular, parse_json, replace_file
 
 if TYPE_CHECKING:
     from specforge_core.training.evaluator import Evaluation
@@ -75,8 +76,11 @@ class MetricsLog:
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    with _writing(path), open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(values) + "\n")
+    with (
+        _writing(path),
+        open(open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a", encoding="utf-8") as file,
+    ):
+        file.write(json.dumps(values) + "\n")
 
 
 @contextmanager
@@ -93,21 +97,19 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _keep_steps(path: Path, step: int) -> None:
     """Drop lines after ``step`` and lines that are not whole."""
-    if not path.is_file():
+    if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        lines = file.readlines()
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
-    if kept == lines:
-        return
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(b"".join(kept))
-    os.replace(aside, path)
+    if kept != lines:
+        replace_file(path, b"".join(kept))
 
 
 def _step_of(line: bytes) -> int | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -2,7 +2,8 @@
 """A local master for development and tests: what ``specforge services mooncake`` runs until Ctrl-C.
 
 The master is a program of its own that the vendor's package brings. It dies with the process that started it, listens
-on loopback, and without more has no memory: ``serve`` brings some, so that features outlive the capture processes.
+on loopback, and without more has no memory: ``serve`` brings some, so that features outlive the capture processes. The
+process that brings it (``memory_holder``) is kept on loopback too.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from specforge_core.contracts import StoreError
 
-from specforge_mooncake_store.config import MooncakeStoreConfig
+from specforge_mooncake_store.memory_holder import MemoryHolder
 
 _START_SECONDS = 10.0
 _STOP_SECONDS = 5.0
+_POLL_SECONDS = 0.2
 _MOST_MEMORY = 4 << 30
 _WHERE = "service mooncake"
 
@@ -92,25 +95,22 @@ def serve(port: int | None) -> None:
 
     :raises StoreError: it cannot be started, or ended by itself.
     """
-    from specforge_mooncake_store.connection import Connection
-
     memory = min(_MOST_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
-    master = start_master(port)
-    try:
-        holder = Connection(MooncakeStoreConfig(name="mooncake", master=master.address, segment_bytes=memory))
+    with ExitStack() as started:
+        master = start_master(port)
+        started.callback(master.stop)
+        holder = MemoryHolder(master.address, memory, prepare=_dying_with_us())
+        started.callback(holder.stop)
         print(
             f"# a mooncake master with {memory / 2**30:.1f} GiB of memory, until Ctrl-C; in the run file:\n"
             f"store:\n  name: mooncake\n  master: {master.address}\n  segment_bytes: 0   # the memory is here",
             flush=True,
         )
-        try:
-            master.process.wait()
-        except KeyboardInterrupt:
-            holder.close()
-            return
-        raise StoreError(f"the master ended with status {master.process.returncode}", where=_WHERE)
-    finally:
-        master.stop()
+        with suppress(KeyboardInterrupt):
+            while master.process.poll() is None and holder.process.poll() is None:
+                time.sleep(_POLL_SECONDS)
+            ended = f"the master {master.process.poll()}, its memory {holder.process.poll()}"
+            raise StoreError(f"it ended by itself (status of {ended})", where=_WHERE)
 
 
 def _program() -> Path:
