@@ -125,6 +125,19 @@ def _trained_from_the_first_token(w: Workshop) -> None:
     w.write("eval.jsonl", [{"input_ids": [1, 2, 3], "loss_mask": [1, 1, 1]}])
 
 
+def _link(name: str):
+    def damage(w: Workshop) -> None:
+        (w.root / RUN / name).rename(w.root / "elsewhere")
+        (w.root / RUN / name).symlink_to(w.root / "elsewhere")
+
+    return damage
+
+
+def _report_elsewhere(w: Workshop) -> None:
+    (w.root / "elsewhere").mkdir()
+    (w.root / RUN / "report").symlink_to(w.root / "elsewhere")
+
+
 def _file_for_directory(name: str):
     def damage(w: Workshop) -> None:
         shutil.rmtree(w.root / RUN / name, ignore_errors=True)
@@ -223,6 +236,16 @@ TABLE = [
         "feature manifest is no JSON",
         _untrained(lambda w: cut(w.root / RUN / "features/train/features.json")),
         ("features/train/features.json", "not readable as JSON", "capture again"),
+    ),
+    BadInput(
+        "feature manifest nested deep",
+        _untrained(lambda w: w.write(f"{RUN}/features/train/features.json", '{"target":' + "[" * 100_000)),
+        ("features/train/features.json", "nested too deeply", "capture again"),
+    ),
+    BadInput(
+        "feature manifest of wrong kinds",
+        _untrained(lambda w: change_json(w.root / RUN / "features/train/features.json", target=[1], request="x")),
+        ("features/train", "target: captured with [1]", "request: captured with 'x'", "choose another data.features"),
     ),
     BadInput(
         "feature manifest is a list",
@@ -466,6 +489,31 @@ TABLE = [
         "resolved run file is no YAML",
         _finished(lambda w: w.write(f"{RUN}/config.yaml", "a: [b"), "report", RUN),
         ("run/config.yaml", "YAML", "writes it again"),
+    ),
+    BadInput(
+        "resolved run file of aliases",
+        _finished(lambda w: w.write(f"{RUN}/config.yaml", "a: &x [1]\nb: *x\n"), "report", RUN),
+        ("run/config.yaml", "an alias", "writes it again"),
+    ),
+    BadInput(
+        "resolved run file is a link",
+        _finished(_link("config.yaml"), "report", RUN),
+        ("run/config.yaml", "symbolic link", "writes it again"),
+    ),
+    BadInput(
+        "bench result with text for a number",
+        _finished(lambda w: w.write(f"{RUN}/bench.json", '{"lossless": "<b>"}'), "report", RUN),
+        ("run/bench.json: lossless", "valid boolean", "remove it, or write it again"),
+    ),
+    BadInput(
+        "metrics with a step that is none",
+        _finished(lambda w: w.write(f"{RUN}/metrics.jsonl", '{"step": 1e400}\n'), "report", RUN),
+        ("run/metrics.jsonl:1", "no record of a step", "remove the line"),
+    ),
+    BadInput(
+        "report's place is a link",
+        _finished(_report_elsewhere, "report", RUN),
+        ("run/report", "symbolic link", "cannot be written"),
     ),
     BadInput(
         "report cannot be written",

@@ -236,4 +236,14 @@ TABLE = [
         _capture(lambda target: cut(target / "tokenizer.json")),
         ("target.path target", "tokenizer cannot be loaded", "put the model's tokenizer.json"),
     ),
+    BadInput(
+        "target is an adapter",
+        _capture(lambda target: (target / "adapter_config.json").write_text("{}")),
+        ("target target: adapter_config.json", "an adapter", "merge it"),
+    ),
+    BadInput(
+        "RoPE that is told a text",
+        _config(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "long_factor": ["x"]}),
+        ("target/config.json: rope_parameters.long_factor", "['x'] is nothing that a RoPE is told", "correct the file"),
+    ),
 ]

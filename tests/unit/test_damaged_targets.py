@@ -84,10 +84,12 @@ WRONG = [
     ("rope_parameters", [[1], "x", 7, {"rope_type": [1]}, {"rope_type": 3}, {"rope_theta": 0}, {"rope_theta": "x"}]),
     ("rope_parameters", [{"rope_theta": float("nan")}, {"rope_theta": 10**400}, {"factor": [1]}, {"factor": -1}]),
     ("rope_scaling", [[1], "x", 7]),
+    ("rope_parameters", [{"long_factor": [1.0, "x"]}, {"low_freq_factor": "x"}, {"beta_fast": 1e400}, {"a": [[1]]}]),
+    ("text_config", [[1], "qwen3", 7]),
     ("dtype", [[1], {"a": 1}, 7, "float8_e4m3fn", "x" * 10**6]),
-    ("eos_token_id", ["x", [[1]], {"a": 1}, 2.5, [True]]),
-    ("bos_token_id", ["x", [[1]], {"a": 1}, 2.5, True]),
-    ("architectures", ["x", [], [1], {}, None]),
+    ("eos_token_id", [-5, 10**30, "x", [[1]], {"a": 1}, 2.5, [True]]),
+    ("bos_token_id", [-5, 10**30, "x", [[1]], {"a": 1}, 2.5, True]),
+    ("architectures", ["x", ["\x1b[2JQwen3ForCausalLM"], [], [1], {}, None]),
     ("num_labels", [10**9]),
     ("num_experts", [10**9]),
     ("attn_implementation", ["attacker/kernel", ["x"], {"": "attacker/kernel"}]),
@@ -103,6 +105,30 @@ def test_a_field_of_another_kind_is_named(target, key, value):
     where = refuse(config_of(target).describe).where
     assert where.startswith(str(target))
     assert key in where or "config.json" in where or "token" in key
+
+
+def test_more_heads_than_there_is_room_for_are_refused(target):
+    change(target / "config.json", head_dim=None, num_attention_heads=33)
+    assert refuse(config_of(target).describe).where.endswith("num_attention_heads")
+
+
+def test_an_adapter_is_refused_because_it_names_what_else_to_load(target):
+    (target / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/else"}))
+    assert refuse(capture, target).where.endswith("adapter_config.json")
+
+
+def test_what_only_the_forward_pass_finds_is_said(target):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 2}
+    change(target / "config.json", rope_parameters={**rope, "short_factor": [1.0] * 4, "long_factor": [1.0] * 3})
+    message = refuse(capture, target).message
+    assert "Qwen3ForCausalLM cannot be run" in message
+    decoder = engine_of(target).decoder(CaptureRequest((0,), "post"))
+    assert "Qwen3ForCausalLM cannot be run" in refuse(decoder.forward, torch.tensor([1, 2, 3])).message
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/model", "a" * 5000, "nul\0byte", "a/" + "b" * 300])
+def test_a_path_that_cannot_be_looked_at_is_said(path):
+    refuse(HfTargetConfig(name="hf", path=path).describe)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])

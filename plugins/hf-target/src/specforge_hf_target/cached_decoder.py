@@ -11,6 +11,7 @@ from specforge_core.contracts import CaptureRequest, TargetDecoder, TargetError,
 from torch import Tensor, nn
 
 from specforge_hf_target.decoder_layers import FeatureCollector, find_decoder, find_layers
+from specforge_hf_target.model_files import running
 
 _REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -29,7 +30,7 @@ class HfTargetDecoder(TargetDecoder):
                 hint="features can be captured, but speculative decoding must be measured in a server",
             )
         decoder = find_decoder(model, info)
-        self._model = model
+        self._model, self._info = model, info
         self._device = next(model.parameters()).device
         self._collector = FeatureCollector(decoder, find_layers(decoder, info), request, info)
         # Made without the model's configuration, every layer's cache keeps all positions, sliding windows included:
@@ -37,7 +38,7 @@ class HfTargetDecoder(TargetDecoder):
         self._cache = DynamicCache()
 
     def forward(self, token_ids: Tensor) -> TargetStep:
-        with torch.no_grad(), self._collector.attached():
+        with running(self._info), torch.no_grad(), self._collector.attached():
             output = self._model(
                 input_ids=token_ids.to(self._device)[None], past_key_values=self._cache, use_cache=True
             )

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 from specforge_core import TargetEngineConfig
 from specforge_core.contracts import TargetError, TargetInfo
 
-from specforge_hf_target.model_files import locate_file, read_model_json
+from specforge_hf_target.model_files import find_directory, locate_file, read_model_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Json = Mapping[str, Any]
@@ -27,6 +26,8 @@ MAX_COUNT = 1 << 16
 at a weight."""
 MAX_SIZE = 1 << 24
 """A larger size of a layer, vocabulary or context than any model has; products of two count their bytes in 63 bits."""
+MAX_TOKEN_ID = (1 << 31) - 1
+"""The largest that every library on the way can hold."""
 MAX_ROPE = 1e12
 """Beyond every base, factor and context of a RoPE; angles stay numbers in fp32."""
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -48,7 +49,7 @@ class HfTargetConfig(TargetEngineConfig):
             asked["trust_remote_code"] = f"run Python code that came with its target {self.path}"
         if self.attn_implementation is not None and "/" in self.attn_implementation:
             asked["attn_implementation"] = f"run {self.attn_implementation}, code from the hub"
-        if not Path(self.path).expanduser().is_dir():
+        if find_directory(self.path) is None:
             asked["path"] = f"fetch {self.path} from the hub"
             if self.revision is not None:
                 asked["revision"] = f"use revision {self.revision} of it"
@@ -63,6 +64,8 @@ class HfTargetConfig(TargetEngineConfig):
         text = language_section(config)
         heads = _integer(text, "num_attention_heads", "n_head", where=where)
         hidden = _integer(text, "hidden_size", "n_embd", where=where)
+        if heads > hidden:
+            raise _wrong(heads, f"heads are more than the hidden size of {hidden}", f"{where}: num_attention_heads")
         return TargetInfo(
             name_or_path=self.path,
             architecture=_architecture(config, where),
@@ -94,6 +97,8 @@ class HfTargetConfig(TargetEngineConfig):
                 hint="name the directory that save_pretrained wrote, or a hub id",
             )
         config = read_model_json(path)
+        if not isinstance(config.get("text_config"), Mapping | None):
+            raise _wrong(config["text_config"], "is not an object", f"{path}: text_config")
         for section in (config, language_section(config)):
             _check_foreign_keys(section, str(path))
         return str(path), config
@@ -149,7 +154,7 @@ def _wrong(value: object, reason: str, where: str, *, hint: str = "correct the f
 def _architecture(config: Json, where: str) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isidentifier():
         raise TargetError(
             "names no architecture",
             where=f"{where}: architectures",
@@ -213,15 +218,23 @@ def _check_rope(rope: Json, where: str) -> None:
         raise _wrong(rope["rope_type"], "is not the name of a RoPE type", f"{where}: rope_parameters")
     for key in ("rope_theta", "factor", "original_max_position_embeddings"):
         value = rope.get(key)
-        if value is not None and not (type(value) in (int, float) and 0 < value < MAX_ROPE):
+        if value is not None and not (_is_rope_number(value) and value > 0):
             raise _wrong(value, f"is not a number above 0, below {MAX_ROPE:g}", f"{where}: rope_parameters.{key}")
+    for key, value in rope.items():
+        told = isinstance(value, str) if key.endswith("type") else isinstance(value, bool | Mapping | None)
+        if not told and not all(_is_rope_number(item) for item in (value if isinstance(value, list) else [value])):
+            raise _wrong(value, "is nothing that a RoPE is told", f"{where}: rope_parameters.{key}")
+
+
+def _is_rope_number(value: Any) -> bool:
+    return type(value) in (int, float) and -MAX_ROPE < value < MAX_ROPE
 
 
 def _token_ids(value: object, where: str) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(type(item) is int for item in ids):
+    if not all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in ids):
         raise TargetError(
             f"token ids are {reprlib.repr(value)}", where=where, hint="an integer or a list of integers belongs here"
         )

@@ -28,7 +28,7 @@ from specforge_hf_target.cached_decoder import HfTargetDecoder
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.decoder_layers import FeatureCollector, check_request, find_decoder, find_layers
 from specforge_hf_target.frozen_weights import PARAMETERS_PER_BYTE, count_weight_bytes, read_frozen_weights
-from specforge_hf_target.model_files import check_text_files, first_line, refusing
+from specforge_hf_target.model_files import check_text_files, first_line, locate_file, refusing, running
 from specforge_hf_target.progress_bars import without_progress_bars
 
 
@@ -52,7 +52,11 @@ class HfTargetEngine(TargetEngine):
         decoder = find_decoder(model, self.info)
         collector = FeatureCollector(decoder, find_layers(decoder, self.info), request, self.info)
         input_ids_BT = _pad_right(prompts).to(self._config.device)
-        with torch.no_grad(), collector.attached():
+        with (
+            running(self.info),
+            torch.no_grad(),
+            collector.attached(),
+        ):
             decoder(input_ids=input_ids_BT, use_cache=False)
         for row, prompt in enumerate(prompts):
             features = {
@@ -106,6 +110,12 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
 
     where = f"target {config.path}"
     check_text_files(config.path)
+    if locate_file(config.path, "adapter_config.json", revision=config.revision) is not None:
+        raise TargetError(
+            "this is an adapter, or holds one: with it, transformers loads what it names besides the model",
+            where=f"{where}: adapter_config.json",
+            hint="merge it into its model and name the result, or remove it",
+        )
     stored_bytes = count_weight_bytes(config)
     hint = "check its files; update transformers; set target.trust_remote_code if it brings its own code"
     with refusing(f"transformers cannot load {info.architecture}", where=where, hint=hint), without_progress_bars():

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from specforge_core.contracts import DataError, SpecForgeError, TargetError
+from specforge_core.contracts import DataError, SpecForgeError, TargetError, TargetInfo
 from specforge_core.contracts.files import read_json_object
 
 MAX_TEXT_BYTES = 256 << 20
@@ -26,17 +26,36 @@ def locate_file(model: str, name: str, *, revision: str | None = None) -> Path |
 
     :raises TargetError: there is no such model, or the hub cannot be reached.
     """
-    directory = Path(model).expanduser()
-    if directory.is_dir():
+    directory = find_directory(model)
+    if directory is not None:
         path = directory / name
         return path if path.is_file() else None
-    if directory.exists():
-        raise TargetError("is not a directory", where=f"target.path {model}", hint="name the model's directory")
     if not _HUB_ID.fullmatch(model) or model.startswith("."):
         raise TargetError(
             "there is no such directory", where=f"target.path {model}", hint="correct the path, or name a hub id"
         )
     return _download(model, name, revision)
+
+
+def find_directory(model: str) -> Path | None:
+    """The local directory that a path names; None where there is none, so that it may be a hub id.
+
+    :raises TargetError: it is no directory, or cannot be looked at.
+    """
+    try:
+        directory = Path(model).expanduser()
+        if directory.is_dir():
+            return directory
+        is_something = directory.exists()
+    except (OSError, RuntimeError) as error:  # it is too long or not ours to see; its ~user has no home
+        raise TargetError(
+            f"cannot be looked at: {error}"[:_LONGEST_REASON],
+            where=f"target.path {model[:_LONGEST_REASON]}",
+            hint="correct the path",
+        ) from error
+    if is_something:
+        raise TargetError("is not a directory", where=f"target.path {model}", hint="name the model's directory")
+    return None
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
@@ -53,8 +72,8 @@ def read_model_json(path: Path) -> dict[str, Any]:
 
 def check_text_files(model: str) -> None:
     """:raises TargetError: a text file in a model's directory is so long that reading it would take the machine."""
-    directory = Path(model).expanduser()
-    for path in directory.iterdir() if directory.is_dir() else ():
+    directory = find_directory(model)
+    for path in directory.iterdir() if directory is not None else ():
         if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
             raise TargetError(f"is longer than {MAX_TEXT_BYTES} bytes", where=str(path), hint=_COPY_AGAIN)
 
@@ -85,6 +104,15 @@ def refusing(
         raise kind(f"{what}: {first_line(error)}", where=where, hint=hint) from error
 
 
+def running(info: TargetInfo) -> AbstractContextManager[None]:
+    """A forward pass: some of what a config.json says is looked at then only, and memory runs out then."""
+    return refusing(
+        f"{info.architecture} cannot be run",
+        where=f"target {info.name_or_path}",
+        hint="check its config.json; with too little memory, lower capture.batch_size",
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line that an error says, or its type where that says nothing alone."""
     first = (str(error).strip().splitlines() or [""])[0][:_LONGEST_REASON]
@@ -97,6 +125,7 @@ def _download(model: str, name: str, revision: str | None) -> Path | None:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -125,6 +154,10 @@ def _download(model: str, name: str, revision: str | None) -> Path | None:
     except RepositoryNotFoundError as error:
         raise TargetError(
             "there is neither such a directory nor such a model on the hub", where=where, hint="correct target.path"
+        ) from error
+    except HFValidationError as error:
+        raise TargetError(
+            "is neither a directory nor a hub id", where=where[:_LONGEST_REASON], hint="correct the path"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise TargetError(
