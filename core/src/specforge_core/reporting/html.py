@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a run's page: one HTML file that asks nothing of the network. Third step of the report."""
+"""Writes a run's page: one HTML file that asks nothing of the network. Third step of the report.
+
+Whatever stands in a run's files is text on the page: :func:`as_text` is the only way in.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
-
-import yaml
 
 from specforge_core.reporting.plots import PLOT_TITLES
 from specforge_core.reporting.records import RunRecords, series
@@ -34,41 +35,42 @@ def render_page(records: RunRecords, pictures: Mapping[str, bytes]) -> str:
     """The whole page, pictures included."""
     absent = [title for name, title in PLOT_TITLES.items() if name not in pictures]
     figures = "".join(
-        f'<figure><img alt="{escape(PLOT_TITLES[name])}" src="data:image/png;base64,'
+        f'<figure><img alt="{as_text(PLOT_TITLES[name])}" src="data:image/png;base64,'
         f'{base64.b64encode(content).decode()}"></figure>'
         for name, content in pictures.items()
     )
     parts = [
-        f"<h1>{escape(records.name)}</h1>",
-        f'<p class="muted">{escape(_subtitle(records))}</p>',
+        f"<h1>{as_text(records.name)}</h1>",
+        f'<p class="muted">{as_text(_subtitle(records))}</p>',
         _render_cards(records),
         f'<div class="plots">{figures}</div>' if figures else "",
-        f'<p class="muted">Not recorded by this run: {escape(", ".join(absent))}.</p>' if absent else "",
+        f'<p class="muted">Not recorded by this run: {as_text(", ".join(absent))}.</p>' if absent else "",
         "<h2>Bench</h2>",
         _render_bench(records.bench),
         "<h2>Run</h2>",
-        _render_mapping("Resolved configuration", records.config),
-        _render_mapping("Provenance", records.provenance)
+        _render_file("Resolved configuration", records.config),
+        _render_file("Provenance", records.provenance)
         if records.provenance is not None
         else '<p class="muted">No provenance was recorded.</p>',
     ]
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(records.name)} · SpecForge report</title><style>{_STYLE}</style></head>"
+        f"<title>{as_text(records.name)} · SpecForge report</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
 
+def as_text(value: object) -> str:
+    """A value from a run's files as HTML: no markup, and nothing that a browser does not show (control characters,
+    marks that turn the direction of writing, halves of surrogate pairs)."""
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(value))
+    return escape("".join(shown))
+
+
 def _subtitle(records: RunRecords) -> str:
-    strategy = _name_of(records.config, "strategy")
-    target = _name_of(records.config, "target")
-    return f"strategy {strategy} · target engine {target} · topology {records.config.get('topology', 'unknown')}"
-
-
-def _name_of(config: Mapping[str, Any], section: str) -> str:
-    found = config.get(section)
-    return str(found.get("name", "unknown")) if isinstance(found, Mapping) else "unknown"
+    strategy, target, topology = (records.names.get(key, "unknown") for key in ("strategy", "target", "topology"))
+    return f"strategy {strategy} · target engine {target} · topology {topology}"
 
 
 def _render_cards(records: RunRecords) -> str:
@@ -88,7 +90,7 @@ def _render_cards(records: RunRecords) -> str:
     return (
         '<div class="cards">'
         + "".join(
-            f'<div class="card{" bad" if bad else ""}"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+            f'<div class="card{" bad" if bad else ""}"><b>{as_text(value)}</b><span>{as_text(label)}</span></div>'
             for label, value, bad in cards
         )
         + "</div>"
@@ -106,32 +108,33 @@ def _render_bench(bench: Mapping[str, Any] | None) -> str:
     rows.append(("acceptance length τ", "1.00", _shown(bench["acceptance_length"], 2), ""))
     rows.append(("acceptance rate", "", _shown(bench["acceptance_rate"], 3), ""))
     facts = ", ".join(f"{name} {value}" for name, value in bench["facts"].items())
+    counted = (
+        f"{bench['prompts']} prompts, {bench['new_tokens']:,} tokens, "
+        f"{bench['draft_tokens']} draft tokens per target pass."
+    )
     identical = (
         "Output was identical to plain decoding, token by token."
         if bench["lossless"]
         else "<strong>Output DIFFERED from plain decoding: this draft or target cannot be trusted.</strong>"
     )
     return (
-        _render_table(("measured", "plain", "speculative", "ratio"), rows)
-        + f"<p>{identical} {bench['prompts']} prompts, {bench['new_tokens']:,} tokens, "
-        f"{bench['draft_tokens']} draft tokens per target pass.</p>"
-        f'<p class="muted">{escape(facts)}</p>'
+        _render_table(("measured", "plain", "speculative", "ratio"), rows) + f"<p>{identical} {as_text(counted)}</p>"
+        f'<p class="muted">{as_text(facts)}</p>'
     )
 
 
 def _render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if index else ''}>{escape(value)}</{tag}>" for index, value in enumerate(values)
+            f"<{tag}{' class=number' if index else ''}>{as_text(value)}</{tag}>" for index, value in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
 
 
-def _render_mapping(title: str, content: Mapping[str, Any]) -> str:
-    text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+def _render_file(title: str, content: str) -> str:
+    return f"<details><summary>{as_text(title)}</summary><pre>{as_text(content)}</pre></details>"
 
 
 def _shown(value: float | None, digits: int) -> str:

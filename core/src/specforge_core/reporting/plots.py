@@ -11,6 +11,8 @@ from specforge_core.contracts import DataError
 from specforge_core.reporting.records import RunRecords, series
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
+MAX_POSITIONS = 24
+"""The most draft positions that are drawn: a legend of more does not fit beside its curves."""
 SMOOTH_OVER = 25
 """Optimizer steps that a smoothed curve averages over."""
 
@@ -87,7 +89,7 @@ def _draw_positions(axes: Any, records: RunRecords) -> bool:
 
     rows = records.evaluations or records.steps
     count = 0
-    while series(rows, f"accuracy_{count}")[0]:
+    while count < MAX_POSITIONS and series(rows, f"accuracy_{count}")[0]:
         count += 1
     for position in range(count):
         steps, values = series(rows, f"accuracy_{position}")

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from specforge_core.contracts import DataError
+from specforge_core.contracts.files import make_directory, replace_file
 from specforge_core.reporting.html import render_page
 from specforge_core.reporting.plots import draw_plots
 from specforge_core.reporting.records import read_run
@@ -22,11 +22,11 @@ def write_report(run_directory: Path) -> Path:
     pictures = draw_plots(records)
     directory = run_directory / "report"
     try:
-        directory.mkdir(exist_ok=True)
+        make_directory(directory)
         for name, content in pictures.items():
-            _write(directory / name, content)
+            replace_file(directory / name, content)
         page = directory / "index.html"
-        _write(page, render_page(records, pictures).encode())
+        replace_file(page, render_page(records, pictures).encode())
     except OSError as error:
         raise DataError(
             f"the report cannot be written: {error.strerror or error}",
@@ -34,9 +34,3 @@ def write_report(run_directory: Path) -> Path:
             hint="free space or correct the permissions there",
         ) from error
     return page
-
-
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    os.replace(aside, path)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import CaptureRequest, DataError, TargetInfo
+from specforge_core.contracts.files import read_json_object
+from specforge_core.contracts.kinds import shorten
 from specforge_core.run.directory import write_json
 
 FILE_NAME = "features.json"
@@ -35,7 +37,7 @@ def record_features(directory: Path, manifest: Mapping[str, Any]) -> None:
 
     :raises DataError: it holds other features; every difference is named.
     """
-    if (directory / FILE_NAME).is_file():
+    if os.path.lexists(directory / FILE_NAME):
         check_features(directory, manifest)
     else:
         write_json(directory / FILE_NAME, manifest)
@@ -44,7 +46,7 @@ def record_features(directory: Path, manifest: Mapping[str, Any]) -> None:
 def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
     """:raises DataError: ``directory`` holds no features, or features of something else."""
     path = directory / FILE_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError(
             "there are no captured features here",
             where=str(directory),
@@ -52,7 +54,7 @@ def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
         )
     recorded = _read(path)
     differences = [
-        f"{key}: captured with {recorded.get(key)!r}, this run has {manifest[key]!r}"
+        f"{key}: captured with {shorten(recorded.get(key))}, this run has {shorten(manifest[key])}"
         for key in manifest
         if recorded.get(key) != manifest[key]
     ]
@@ -65,11 +67,9 @@ def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    again = "remove this feature directory and capture again"
-    try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"not readable as JSON: {error}", where=str(path), hint=again) from error
-    if not isinstance(recorded, dict):
-        raise DataError("not a JSON object", where=str(path), hint=again)
-    return recorded
+    return read_json_object(
+        path,
+        refuse=lambda reason: DataError(
+            f"not readable as JSON: {reason}", where=str(path), hint="remove this feature directory and capture again"
+        ),
+    )
