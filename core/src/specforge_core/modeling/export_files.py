@@ -190,10 +190,11 @@ def _read_tensors(
         os.close(open_regular(path, os.O_RDONLY))  # what opens it below would follow a link and wait for a pipe
         with safe_open(path, "pt") as stored:
             names = {rename(name): name for name in stored.keys()}  # noqa: SIM118
-            wanted = [name for name in expected if name in names or name not in may_lack]
+            absent = [name for name in expected if name not in names and name not in may_lack]
+            if absent:
+                raise ExportError(f"the weight {absent[0]} is missing", where=str(path), hint=_HINT)
+            wanted = [name for name in expected if name in names]
             for name in wanted:
-                if name not in names:
-                    raise ExportError(f"the weight {name} is missing", where=str(path), hint=_HINT)
                 _check_stored(stored.get_slice(names[name]), name, expected=expected[name], path=path)
             return {name: stored.get_tensor(names[name]) for name in wanted}
     except (SafetensorError, OSError) as error:
