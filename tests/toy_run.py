@@ -143,12 +143,13 @@ class QueueReader(RefReader):
 class Prompts:
     count: int
     first: int = 0
+    make_sample: Callable[[int, int], Sample] = make_sample
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Prompt:
-        features = make_sample(self.first + index).features
+        features = self.make_sample(self.first + index, 0).features
         return Prompt(self.prompt_id(index), features[INPUT_IDS].tolist(), features[LOSS_MASK].int().tolist())
 
     def prompt_id(self, index: int) -> str:
@@ -251,7 +252,7 @@ class ToyRun:
             supply=self.supply(deadline_seconds),
             samples=self.samples(self.store),
             strategy=self.strategy,
-            prompts=Prompts(self.prompts),
+            prompts=Prompts(self.prompts, make_sample=self.make_sample),
             order=self.order,
             planned=self.planned,
             progress=SilentProgress(),
@@ -274,7 +275,11 @@ class ToyRun:
         )
 
     def samples(self, store: FeatureStore) -> SampleReader:
-        return SampleReader(store=store, request=CaptureRequest(aux_layer_ids=(0,)), hidden_size=HIDDEN)
+        """Reads what ``make_sample`` makes."""
+        sample = self.make_sample(0, 0)
+        _, layers, hidden_size = sample.features[AUX_HIDDEN_STATES].shape
+        request = CaptureRequest(aux_layer_ids=tuple(range(layers)), last_hidden_norm=sample.last_hidden_norm)
+        return SampleReader(store=store, request=request, hidden_size=hidden_size)
 
     def held_out(self) -> HeldOut:
         store = DictStore()
@@ -282,7 +287,7 @@ class ToyRun:
         return HeldOut(
             reader=self.samples(store),
             refs=refs,
-            prompts=Prompts(5, first=100),
+            prompts=Prompts(5, first=100, make_sample=self.make_sample),
             strategy=self.strategy,
             micro_batch_size=2,
             seed=7,

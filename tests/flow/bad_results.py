@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +35,14 @@ def _finished(damage: Callable[[Workshop], object], *command: str, trained: bool
 
 def _untrained(damage: Callable[[Workshop], object], *command: str):
     return _finished(damage, *(command or ("train", "run.yaml")), trained=False)
+
+
+_SPEED = {"decode": 1.0, "with_prefill": 1.0}
+_BENCH = {
+    **{"lossless": True, "acceptance_length": 2.0, "acceptance_rate": 0.5, "position_acceptance": [0.5], "facts": {}},
+    **{"speedup": _SPEED, "tokens_per_second": {"plain": _SPEED, "speculative": _SPEED}},
+    **{"prompts": 1, "new_tokens": 2, "draft_tokens": 1},
+}
 
 
 def _nothing(w: Workshop) -> None:
@@ -84,6 +93,17 @@ def _export_without(name: str):
 def _export_reshaped(w: Workshop) -> None:
     path = w.root / EXPORT / "model.safetensors"
     save_file({**load_file(path), "fc.weight": torch.zeros(2, 2)}, path)
+
+
+def _link(name: str):
+    """What was there lies beside the run, behind a link."""
+
+    def damage(w: Workshop) -> None:
+        path = w.root / RUN / name
+        path.rename(w.root / path.name)
+        path.symlink_to(w.root / path.name)
+
+    return damage
 
 
 _NO_ROTATION = {"rope_type": "linear", "factor": 0}
@@ -465,6 +485,41 @@ TABLE = [
         "metrics with text for a number",
         _finished(lambda w: w.write(f"{RUN}/metrics.jsonl", [{"step": 1, "loss": "low"}]), "report", RUN),
         ("run/metrics.jsonl:1", "loss", "remove the line"),
+    ),
+    BadInput(
+        "bench result with markup for a number",
+        _finished(lambda w: w.write(f"{RUN}/bench.json", json.dumps({**_BENCH, "prompts": "<b>"})), "report", RUN),
+        ("run/bench.json: prompts", "'<b>' is not a whole number", "remove it"),
+    ),
+    BadInput(
+        "bench result with a list for a speed",
+        _finished(lambda w: w.write(f"{RUN}/bench.json", json.dumps({**_BENCH, "speedup": [1]})), "report", RUN),
+        ("run/bench.json: speedup", "[1] is not an object", "remove it"),
+    ),
+    BadInput(
+        "metrics with a step that is none",
+        _finished(lambda w: w.write(f"{RUN}/metrics.jsonl", '{"step": 1e400}\n'), "report", RUN),
+        ("run/metrics.jsonl:1", "no record of a step", "remove the line"),
+    ),
+    BadInput(
+        "provenance nested without end",
+        _finished(lambda w: w.write(f"{RUN}/provenance.json", "[" * 100_000), "report", RUN),
+        ("run/provenance.json", "not JSON", "nested", "remove it"),
+    ),
+    BadInput(
+        "resolved run file that refers to itself",
+        _finished(lambda w: w.write(f"{RUN}/config.yaml", "a: &a [*a]\n"), "report", RUN),
+        ("run/config.yaml", "aliases", "writes it again"),
+    ),
+    BadInput(
+        "resolved run file behind a link",
+        _finished(_link("config.yaml"), "report", RUN),
+        ("run/config.yaml", "symbolic link", "writes it again"),
+    ),
+    BadInput(
+        "feature manifest of other kinds",
+        _untrained(lambda w: change_json(w.root / RUN / "features/train/features.json", request=[1], target="<b>")),
+        ("features/train", "request: captured with [1]", "target: captured with '<b>'", "choose another"),
     ),
     BadInput(
         "bench result without its numbers",

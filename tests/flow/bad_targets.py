@@ -89,6 +89,8 @@ def _template(target: Path) -> None:
     (target / "chat_template.jinja").unlink()
 
 
+_RECURSION = "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
+
 TABLE = [
     BadInput("target missing", _path("/nowhere/model"), ("run.yaml: target", "target.path /nowhere/model", "correct")),
     BadInput(
@@ -224,11 +226,7 @@ TABLE = [
     ),
     BadInput(
         "template calls itself for ever",
-        _capture(
-            lambda target: (target / "chat_template.jinja").write_text(
-                "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"
-            )
-        ),
+        _capture(lambda target: (target / "chat_template.jinja").write_text(_RECURSION)),
         (".jsonl:1", "the chat template refuses the conversation", "recursion"),
     ),
     BadInput(

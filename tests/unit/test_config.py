@@ -175,6 +175,8 @@ LONG_TEXT = f"t: &t '{'x' * 100_000}'\nl: [{', '.join(['*t'] * 100_000)}]\n"
         ('run: "a\\0b"\n', r"control character \(U\+0000\)"),
         ('run: "\\e[2J"\n', r"control character \(U\+001B\)"),
         ('run: "\\ud800"\n', r"control character \(U\+D800\)"),
+        ('run: "\\UFFFFFFFF"\n', "not valid YAML"),
+        ('run: "\\U00110000"\n', "not valid YAML"),
         ('"\\x07": 1\n', r"control character \(U\+0007\)"),
         ("a: [" + ", ".join(["x"] * 600_000) + "]\n", "is longer than 1048576 bytes"),
         ("a: " + "{b: " * 3000 + "1" + "}" * 3000, "nested too deeply"),

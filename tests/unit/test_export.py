@@ -173,3 +173,18 @@ def test_an_export_whose_files_are_links_into_a_cache_is_read(tmp_path: Path) ->
     (directory / "model.safetensors").rename(tmp_path / "blob")
     (directory / "model.safetensors").symlink_to(tmp_path / "blob")
     check_export(directory)
+
+
+def test_an_export_is_not_written_through_links(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "mine").write_text("mine")
+    (tmp_path / "toy").symlink_to(outside)
+    for overwrite in (False, True):
+        with pytest.raises(ExportError, match="file of that name"):
+            write(tmp_path / "toy", ExportingStrategy(), overwrite=overwrite)
+    (tmp_path / "toy").unlink()
+    (tmp_path / "export").symlink_to(outside)
+    with pytest.raises(ExportError, match="cannot be written: is a symbolic link"):
+        write(tmp_path / "export" / "toy", ExportingStrategy())
+    assert [path.name for path in outside.iterdir()] == ["mine"]

@@ -91,6 +91,29 @@ def test_unknown_rope_is_refused_by_name():
         RotaryEmbedding({"rope_type": "longrope", "rope_theta": 1e4}, head_dim=8)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rope_type": ["yarn"]},
+        {"rope_theta": 1.0},
+        {"rope_theta": float("nan")},
+        {"rope_theta": 10**400},
+        {"rope_theta": True},
+        {"rope_type": "linear", "factor": 0},
+        {"rope_type": "linear", "factor": "2"},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_slow": -1.0},
+        {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+        | {"low_freq_factor": 4.0, "high_freq_factor": 1.0},
+    ],
+    ids=str,
+)
+def test_rope_that_is_no_rotation_is_refused(wrong):
+    with pytest.raises(ConfigError, match="RoPE") as refused:
+        RotaryEmbedding({"rope_theta": 1e4, **wrong}, head_dim=8)
+    assert refused.value.where == "rope_parameters"
+
+
 def test_fused_norm_and_gated_layers_equal_autograd():
     torch.manual_seed(0)
     norm, eps = RMSNorm(16, eps=1e-5).double().float(), 1e-5

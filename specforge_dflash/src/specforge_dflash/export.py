@@ -8,29 +8,25 @@ SGLang and vLLM both add one themselves. ``speculators`` is vLLM's own (:mod:`sp
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from specforge_core.contracts import ExportError, TargetInfo
+from specforge_core.contracts.kinds import OBJECT, TEXT, Kind, list_of, shorten, whole_number
 from specforge_core.modeling.export_files import (
     CONFIG_FILE,
     LAYER_COUNT,
     LAYER_FIELDS,
     LAYER_IDS,
+    MAX_LAYERS,
     MAX_SIZE,
-    OBJECT,
     SIZE,
-    TEXT,
     Fields,
-    Kind,
     check_fields,
     check_sizes,
-    list_of,
     read_config,
     read_draft,
-    whole_number,
     write_files,
 )
 
@@ -44,7 +40,7 @@ _ANOTHER = "name a DFlash export"
 _FIELDS = {
     **LAYER_FIELDS,
     "num_hidden_layers": LAYER_COUNT,
-    "layer_types": list_of(Kind("a kind of attention", lambda value: value in get_args(LayerType))),
+    "layer_types": list_of(Kind("a kind of attention", lambda value: value in get_args(LayerType)), most=MAX_LAYERS),
     "sliding_window": SIZE,
     "block_size": whole_number(2, MAX_BLOCK_SIZE),
     "dflash_config": OBJECT,
@@ -178,7 +174,7 @@ def read_export(directory: Path, target: TargetInfo) -> DflashDraft:
     kind = fields["dflash_config"].get("projector_type")
     if kind is not None:
         raise ExportError(
-            f"this draft has a {reprlib.repr(kind)} head; it is not a plain DFlash draft",
+            f"this draft has a {shorten(kind)} head; it is not a plain DFlash draft",
             where=str(directory),
             hint=_ANOTHER,
         )

@@ -10,13 +10,13 @@ kinds is served from the DFlash layout instead.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
-from specforge_core.modeling.export_files import FLAG, OBJECT, OUTPUT_IDS, TEXT, check_fields, list_of
+from specforge_core.contracts.kinds import FLAG, OBJECT, TEXT, list_of, shorten
+from specforge_core.modeling.export_files import MAX_LAYERS, OUTPUT_IDS, check_fields
 
 SPECULATORS = "speculators"
 TYPE_FIELD = "speculators_model_type"
@@ -79,10 +79,10 @@ def from_speculators(config: Mapping[str, Any], directory: Path) -> dict[str, An
     :raises ExportError: a field is missing; a draft of another algorithm, or one that guesses otherwise.
     """
     fields = check_fields(config, _FIELDS, directory)
-    layer = check_fields(fields["transformer_layer_config"], {"layer_types": list_of(TEXT)}, directory)
+    layer = check_fields(fields["transformer_layer_config"], {"layer_types": list_of(TEXT, most=MAX_LAYERS)}, directory)
     full = "sliding_attention" not in layer.get("layer_types", ())
     if fields[TYPE_FIELD] != _TYPE:
-        problem = f"not the config of a DFlash draft but of type {reprlib.repr(fields[TYPE_FIELD])}"
+        problem = f"not the config of a DFlash draft but of type {shorten(fields[TYPE_FIELD])}"
     elif fields.get("sample_from_anchor", False):
         problem = "sample_from_anchor is true: this draft guesses from a block's first slot, DFlash's does not"
     elif fields.get("sliding_window_non_causal", True) != full:

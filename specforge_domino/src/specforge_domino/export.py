@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
-from specforge_core.modeling.export_files import FLAG, MAX_SIZE, SIZE, read_draft, whole_number, write_files
+from specforge_core.contracts.kinds import FLAG, whole_number
+from specforge_core.modeling.export_files import MAX_SIZE, SIZE, read_draft, write_files
 from specforge_dflash.export import draft_config, read_fields, read_shape
 from specforge_dflash.speculators import SPECULATORS
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from specforge_core.contracts import DataError, ExportError, Norm, TargetInfo
+from specforge_core.contracts.kinds import FLAG, OBJECT
 from specforge_core.modeling import VocabMap
 from specforge_core.modeling.export_files import (
     CONFIG_FILE,
-    FLAG,
     LAYER_FIELDS,
     LAYER_IDS,
-    OBJECT,
     SIZE,
     WEIGHTS_FILE,
     Fields,

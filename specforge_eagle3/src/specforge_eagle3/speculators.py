@@ -10,13 +10,13 @@ of ones, which scales each row by a positive factor and so changes no greedy gue
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from specforge_core.contracts import ExportError, TargetInfo
-from specforge_core.modeling.export_files import FLAG, OBJECT, OUTPUT_IDS, TEXT, check_fields
+from specforge_core.contracts.kinds import FLAG, OBJECT, TEXT, shorten
+from specforge_core.modeling.export_files import OUTPUT_IDS, check_fields
 from torch import Tensor
 
 from specforge_eagle3.config import DraftShape
@@ -101,7 +101,7 @@ def from_speculators(config: Mapping[str, Any], directory: Path) -> dict[str, An
     fields = check_fields(config, _FIELDS, directory)
     if fields[TYPE_FIELD] != _TYPE:
         raise ExportError(
-            f"not the config of an EAGLE3 draft but of type {reprlib.repr(fields[TYPE_FIELD])}",
+            f"not the config of an EAGLE3 draft but of type {shorten(fields[TYPE_FIELD])}",
             where=fields.where,
             hint="name an EAGLE3 export",
         )

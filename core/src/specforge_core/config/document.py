@@ -88,6 +88,8 @@ def parse_value(text: str, *, where: str) -> tuple[Any, dict[tuple[str, ...], in
         raise ConfigError(f"not valid YAML: {problem}", where=where) from None
     except RecursionError:
         raise ConfigError("not valid YAML: nested too deeply", where=where) from None
+    except (ValueError, OverflowError) as error:  # an escape such as \\UFFFFFFFF that is no character
+        raise ConfigError(f"not valid YAML: {error}", where=where) from None
 
 
 def _read(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from specforge_core.contracts import (
     Strategy,
     TargetInfo,
 )
-from specforge_core.contracts.files import describe_file, read_json_object
+from specforge_core.contracts.files import describe_file, make_directory, read_json_object
 
 PROVENANCE_FILE = "specforge.json"
 PROBE_TOKENS = 8
@@ -57,14 +58,16 @@ def export_draft(strategy: Strategy, draft: nn.Module, target: FrozenSource, *, 
     :raises ExportError: the directory is in use, cannot be written, or does not reload to the same draft.
     """
     directory = plan.directory
-    if directory.exists() and not directory.is_dir():
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise ExportError("there is a file of that name", where=str(directory), hint="choose another directory")
     if directory.is_dir() and any(directory.iterdir()) and not plan.overwrite:
         raise ExportError("this directory is not empty", where=str(directory), hint="remove it, or say --overwrite")
-    aside = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
+    aside = directory.with_name(
+        f".{directory.name}.writing-{secrets.token_hex(6)}"
+    )  # a name that nobody can have planted
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        make_directory(directory.parent)
+        aside.mkdir()
         strategy.export(draft, aside, format=plan.format, target=target.info)
         _write_provenance(aside / PROVENANCE_FILE, plan, target.info)
         _verify(strategy, draft, strategy.load_export(aside, target), target)
@@ -185,7 +188,7 @@ def _sync(directory: Path) -> None:
 
 def _replace(aside: Path, directory: Path) -> None:
     """Rename into place; what was there before goes only once the new export stands."""
-    former = directory.with_name(f".{directory.name}.former-{os.getpid()}")
+    former = directory.with_name(f".{directory.name}.former-{secrets.token_hex(6)}")
     if directory.is_dir():
         os.rename(directory, former)
     try:

@@ -12,9 +12,7 @@ import functools
 import json
 import math
 import os
-import reprlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from specforge_core.contracts import ConfigError, ExportError, TargetInfo
 from specforge_core.contracts.files import open_regular, read_json_object
+from specforge_core.contracts.kinds import OBJECT, Kind, find_wrong, list_of, number, shorten, whole_number
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -41,45 +40,17 @@ _OTHERS = {"BOOL": torch.bool, "I64": torch.int64}
 Draft = TypeVar("Draft", bound=nn.Module)
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a field may hold.
-
-    :param words: the same for people: "… is not WORDS".
-    """
-
-    words: str
-    accepts: Callable[[Any], bool]
-
-
-def whole_number(least: int, most: int) -> Kind:
-    """An integer between two bounds, both included."""
-    return Kind(f"a whole number from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
-
-
-def list_of(entry: Kind) -> Kind:
-    """A list of at most ``MAX_LAYERS`` entries, one at least."""
-    return Kind(
-        f"a list of 1 to {MAX_LAYERS} entries, each {entry.words}",
-        lambda value: type(value) is list and 0 < len(value) <= MAX_LAYERS and all(map(entry.accepts, value)),
-    )
-
-
 SIZE = whole_number(1, MAX_SIZE)
 LAYER_COUNT = whole_number(1, MAX_LAYERS)
-LAYER_IDS = list_of(whole_number(0, MAX_LAYERS))
-OUTPUT_IDS = list_of(whole_number(1, MAX_LAYERS))
+LAYER_IDS = list_of(whole_number(0, MAX_LAYERS), least=1, most=MAX_LAYERS)
+OUTPUT_IDS = list_of(whole_number(1, MAX_LAYERS), least=1, most=MAX_LAYERS)
 """Captured layers counted from one, where 0 is the embedding."""
-TEXT = Kind("a text", lambda value: type(value) is str)
-FLAG = Kind("true or false", lambda value: type(value) is bool)
-OBJECT = Kind("an object", lambda value: type(value) is dict)
-EPSILON = Kind("a number above 0, at most 1", lambda value: type(value) in (int, float) and 0 < value <= 1)
 
 LAYER_FIELDS: Mapping[str, Kind] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "target_hidden_size", "intermediate_size"), SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), SIZE),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), OBJECT),
-    "rms_norm_eps": EPSILON,
+    "rms_norm_eps": number(1e-12, 1.0),
 }
 """The fields of a transformer layer that every draft has, in the words of ``config.json``. What rotates it is checked
 where it is computed (:mod:`specforge_core.modeling.rotary`)."""
@@ -138,9 +109,10 @@ def check_fields(values: Mapping[str, Any], kinds: Mapping[str, Kind], directory
     """
     where = str(directory / CONFIG_FILE)
     fields = Fields(values, where)
-    for key, kind in kinds.items():
-        if key in fields and not kind.accepts(fields[key]):
-            raise ExportError(f"{reprlib.repr(fields[key])} is not {kind.words}", where=f"{where}: {key}", hint=_HINT)
+    wrong = find_wrong(fields, kinds)
+    if wrong is not None:
+        key, reason = wrong
+        raise ExportError(reason, where=f"{where}: {key}", hint=_HINT)
     return fields
 
 
@@ -217,10 +189,10 @@ def _read_tensors(
         os.close(open_regular(resolved, os.O_RDONLY))  # what opens it below would wait for a pipe
         with safe_open(resolved, "pt") as stored:
             names = {rename(name): name for name in stored.keys()}  # noqa: SIM118
-            wanted = [name for name in expected if name in names or name not in may_lack]
-            missing = [name for name in wanted if name not in names]
-            if missing:
-                raise ExportError(f"the weight {missing[0]} is missing", where=str(path), hint=_HINT)
+            absent = [name for name in expected if name not in names and name not in may_lack]
+            if absent:
+                raise ExportError(f"the weight {absent[0]} is missing", where=str(path), hint=_HINT)
+            wanted = [name for name in expected if name in names]
             for name in wanted:
                 _check_stored(stored.get_slice(names[name]), name, expected=expected[name], path=path)
             return {name: stored.get_tensor(names[name]) for name in wanted}
@@ -231,7 +203,7 @@ def _read_tensors(
 def _check_stored(stored: Any, name: str, *, expected: Tensor, path: Path) -> None:
     kinds, shape = _FLOATS if expected.is_floating_point() else _OTHERS, list(stored.get_shape())
     if shape != list(expected.shape):
-        reason = f"the weight {name} is {reprlib.repr(shape)}, expected {list(expected.shape)}"
+        reason = f"the weight {name} is {shorten(shape)}, expected {list(expected.shape)}"
     elif stored.get_dtype() not in kinds or (kinds is _OTHERS and kinds[stored.get_dtype()] != expected.dtype):
         floats = " or ".join(_FLOATS) if kinds is _FLOATS else str(expected.dtype).removeprefix("torch.")
         reason = f"the weight {name} holds {stored.get_dtype()}, expected {floats}"

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a run's page: one HTML file that asks nothing of the network. Third step of the report.
 
-Nothing gets into the page but through ``_text``: what stands in a run's files is text there, whatever it says.
+Whatever stands in a run's files is text on the page: :func:`as_text` is the only way in.
 """
 
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
 
 from specforge_core.reporting.plots import PLOT_TITLES
-from specforge_core.reporting.records import Bench, RunRecords, series
+from specforge_core.reporting.records import RunRecords, series
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#0f172a;background:#f8fafc;margin:0}
@@ -34,16 +35,16 @@ def render_page(records: RunRecords, pictures: Mapping[str, bytes]) -> str:
     """The whole page, pictures included."""
     absent = [title for name, title in PLOT_TITLES.items() if name not in pictures]
     figures = "".join(
-        f'<figure><img alt="{_text(PLOT_TITLES[name])}" src="data:image/png;base64,'
+        f'<figure><img alt="{as_text(PLOT_TITLES[name])}" src="data:image/png;base64,'
         f'{base64.b64encode(content).decode()}"></figure>'
         for name, content in pictures.items()
     )
     parts = [
-        f"<h1>{_text(records.name)}</h1>",
-        f'<p class="muted">{_text(_subtitle(records))}</p>',
+        f"<h1>{as_text(records.name)}</h1>",
+        f'<p class="muted">{as_text(_subtitle(records))}</p>',
         _render_cards(records),
         f'<div class="plots">{figures}</div>' if figures else "",
-        f'<p class="muted">Not recorded by this run: {_text(", ".join(absent))}.</p>' if absent else "",
+        f'<p class="muted">Not recorded by this run: {as_text(", ".join(absent))}.</p>' if absent else "",
         "<h2>Bench</h2>",
         _render_bench(records.bench),
         "<h2>Run</h2>",
@@ -55,78 +56,77 @@ def render_page(records: RunRecords, pictures: Mapping[str, bytes]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_text(records.name)} · SpecForge report</title><style>{_STYLE}</style></head>"
+        f"<title>{as_text(records.name)} · SpecForge report</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
 
-def _text(value: str) -> str:
-    """As HTML text or attribute. Characters that cannot be seen are replaced: control characters, which HTML does not
-    allow, halves of characters, which UTF-8 does not, and those that turn the direction of what follows."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in value)
-    return html.escape(shown)
+def as_text(value: object) -> str:
+    """A value from a run's files as HTML: no markup, and nothing that a browser does not show (control characters,
+    marks that turn the direction of writing, halves of surrogate pairs)."""
+    shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(value))
+    return escape("".join(shown))
 
 
 def _subtitle(records: RunRecords) -> str:
-    strategy, target, topology = (records.parts.get(part, "unknown") for part in ("strategy", "target", "topology"))
+    strategy, target, topology = (records.names.get(key, "unknown") for key in ("strategy", "target", "topology"))
     return f"strategy {strategy} · target engine {target} · topology {topology}"
 
 
 def _render_cards(records: RunRecords) -> str:
     cards: list[tuple[str, str, bool]] = []
     steps, losses = series(records.steps, "loss")
-    if losses:
+    if steps:
         cards += [("optimizer steps", f"{steps[-1]:,}", False), ("last training loss", f"{losses[-1]:.3f}", False)]
     _, lengths = series(records.evaluations, "simulated_acceptance_length")
     if lengths:
         cards.append(("simulated τ, held out", f"{lengths[-1]:.2f}", False))
     bench = records.bench
     if bench is not None:
-        cards.append(("τ, measured", _shown(bench.acceptance_length, 2), False))
-        cards.append(("speed against plain", f"{_shown(bench.speedup.decode, 2)}×", False))
-        cards.append(("output identical", "yes" if bench.lossless else "NO", not bench.lossless))
+        cards.append(("τ, measured", _shown(bench["acceptance_length"], 2), False))
+        cards.append(("speed against plain", f"{_shown(bench['speedup']['decode'], 2)}×", False))
+        lossless = bool(bench["lossless"])
+        cards.append(("output identical", "yes" if lossless else "NO", not lossless))
     return (
         '<div class="cards">'
         + "".join(
-            f'<div class="card{" bad" if bad else ""}"><b>{_text(value)}</b><span>{_text(label)}</span></div>'
+            f'<div class="card{" bad" if bad else ""}"><b>{as_text(value)}</b><span>{as_text(label)}</span></div>'
             for label, value, bad in cards
         )
         + "</div>"
     )
 
 
-def _render_bench(bench: Bench | None) -> str:
+def _render_bench(bench: Mapping[str, Any] | None) -> str:
     if bench is None:
         return '<p class="muted">This run was not benched. <code>specforge bench</code> does it.</p>'
-    plain, speculative, ratio = bench.tokens_per_second.plain, bench.tokens_per_second.speculative, bench.speedup
+    speeds, ratios = bench["tokens_per_second"], bench["speedup"]
     rows = [
-        (label, _shown(measured[0], 1), _shown(measured[1], 1), f"{_shown(measured[2], 2)}×")
-        for label, measured in (
-            ("tokens/s, decode", (plain.decode, speculative.decode, ratio.decode)),
-            ("tokens/s, prefill included", (plain.with_prefill, speculative.with_prefill, ratio.with_prefill)),
-        )
+        (label, _shown(speeds["plain"][key], 1), _shown(speeds["speculative"][key], 1), f"{_shown(ratios[key], 2)}×")
+        for label, key in (("tokens/s, decode", "decode"), ("tokens/s, prefill included", "with_prefill"))
     ]
-    rows.append(("acceptance length τ", "1.00", _shown(bench.acceptance_length, 2), ""))
-    rows.append(("acceptance rate", "", _shown(bench.acceptance_rate, 3), ""))
-    facts = ", ".join(f"{name} {value}" for name, value in bench.facts.items())
+    rows.append(("acceptance length τ", "1.00", _shown(bench["acceptance_length"], 2), ""))
+    rows.append(("acceptance rate", "", _shown(bench["acceptance_rate"], 3), ""))
+    facts = ", ".join(f"{name} {value}" for name, value in bench["facts"].items())
+    counted = (
+        f"{bench['prompts']} prompts, {bench['new_tokens']:,} tokens, "
+        f"{bench['draft_tokens']} draft tokens per target pass."
+    )
     identical = (
         "Output was identical to plain decoding, token by token."
-        if bench.lossless
+        if bench["lossless"]
         else "<strong>Output DIFFERED from plain decoding: this draft or target cannot be trusted.</strong>"
     )
-    counted = (
-        f"{bench.prompts} prompts, {bench.new_tokens:,} tokens, {bench.draft_tokens} draft tokens per target pass."
-    )
     return (
-        _render_table(("measured", "plain", "speculative", "ratio"), rows)
-        + f'<p>{identical} {_text(counted)}</p><p class="muted">{_text(facts)}</p>'
+        _render_table(("measured", "plain", "speculative", "ratio"), rows) + f"<p>{identical} {as_text(counted)}</p>"
+        f'<p class="muted">{as_text(facts)}</p>'
     )
 
 
 def _render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
-            f"<{tag}{' class=number' if index else ''}>{_text(value)}</{tag}>" for index, value in enumerate(values)
+            f"<{tag}{' class=number' if index else ''}>{as_text(value)}</{tag}>" for index, value in enumerate(values)
         )
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
@@ -134,7 +134,7 @@ def _render_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _render_file(title: str, content: str) -> str:
-    return f"<details><summary>{_text(title)}</summary><pre>{_text(content)}</pre></details>"
+    return f"<details><summary>{as_text(title)}</summary><pre>{as_text(content)}</pre></details>"
 
 
 def _shown(value: float | None, digits: int) -> str:

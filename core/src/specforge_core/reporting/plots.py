@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specforge_core.contracts import DataError
-from specforge_core.reporting.records import MAX_POSITIONS, RunRecords, series
+from specforge_core.reporting.records import RunRecords, series
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
+MAX_POSITIONS = 24
+"""The most draft positions that are drawn: a legend of more does not fit beside its curves."""
 SMOOTH_OVER = 25
 """Optimizer steps that a smoothed curve averages over."""
 
@@ -129,7 +131,7 @@ def _draw_waiting(axes: Any, records: RunRecords) -> bool:
 def _draw_bench(axes: Any, records: RunRecords) -> bool:
     if records.bench is None:
         return False
-    acceptance = records.bench.position_acceptance
+    acceptance = records.bench["position_acceptance"]
     positions = list(range(1, len(acceptance) + 1))
     bars = axes.bar(positions, [value or 0.0 for value in acceptance], color=BLUE, width=0.6)
     labels = ["never proposed" if value is None else f"{value:.2f}" for value in acceptance]

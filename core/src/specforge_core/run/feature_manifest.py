@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +11,10 @@ from typing import Any
 
 from specforge_core.contracts import CaptureRequest, DataError, TargetInfo
 from specforge_core.contracts.files import read_json_object
+from specforge_core.contracts.kinds import shorten
 from specforge_core.run.directory import write_json
 
 FILE_NAME = "features.json"
-MAX_BYTES = 1 << 20
-"""The longest manifest; one has some five hundred bytes."""
 
 
 def describe_features(info: TargetInfo, request: CaptureRequest, *, prompts: str) -> dict[str, Any]:
@@ -56,7 +54,7 @@ def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
         )
     recorded = _read(path)
     differences = [
-        f"{key}: captured with {_SHORT.repr(recorded.get(key))}, this run has {_SHORT.repr(manifest[key])}"
+        f"{key}: captured with {shorten(recorded.get(key))}, this run has {shorten(manifest[key])}"
         for key in manifest
         if recorded.get(key) != manifest[key]
     ]
@@ -69,13 +67,9 @@ def check_features(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    def refuse(reason: str) -> DataError:
-        hint = "remove this feature directory and capture again"
-        return DataError(f"not readable as JSON: {reason}", where=str(path), hint=hint)
-
-    return read_json_object(path, refuse=refuse, limit=MAX_BYTES)
-
-
-# What was recorded may be anything. All fields and layers of an honest manifest are shown.
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 3, 20, 64, 200, 200
+    return read_json_object(
+        path,
+        refuse=lambda reason: DataError(
+            f"not readable as JSON: {reason}", where=str(path), hint="remove this feature directory and capture again"
+        ),
+    )

@@ -8,13 +8,13 @@ Files written by transformers 4 (``rope_theta``, ``rope_scaling``, ``torch_dtype
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 from specforge_core import TargetEngineConfig
 from specforge_core.contracts import TargetError, TargetInfo
+from specforge_core.contracts.kinds import shorten
 
 from specforge_hf_target.model_files import find_directory, locate_file, read_model_json
 
@@ -110,7 +110,7 @@ class HfTargetConfig(TargetEngineConfig):
         found = _first([name for name in named if name]) or "float32"
         if not isinstance(found, str) or found.removeprefix("torch.") not in _DTYPES:
             raise TargetError(
-                f"the model's dtype is {reprlib.repr(found)}",
+                f"the model's dtype is {shorten(found)}",
                 where=where,
                 hint=f"set target.dtype to one of {', '.join(_DTYPES)}",
             )
@@ -148,7 +148,7 @@ def _check_foreign_keys(config: Json, where: str) -> None:
 
 
 def _wrong(value: object, reason: str, where: str, *, hint: str = "correct the file") -> TargetError:
-    return TargetError(f"{reprlib.repr(value)} {reason}", where=where, hint=hint)
+    return TargetError(f"{shorten(value)} {reason}", where=where, hint=hint)
 
 
 def _architecture(config: Json, where: str) -> str:
@@ -236,7 +236,7 @@ def _token_ids(value: object, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
     if not all(type(item) is int and 0 <= item <= MAX_TOKEN_ID for item in ids):
         raise TargetError(
-            f"token ids are {reprlib.repr(value)}", where=where, hint="an integer or a list of integers belongs here"
+            f"token ids are {shorten(value)}", where=where, hint="an integer or a list of integers belongs here"
         )
     return tuple(ids)
 

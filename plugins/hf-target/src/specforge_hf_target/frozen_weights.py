@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from specforge_core.contracts import EMBED_TOKENS, FINAL_NORM, LM_HEAD, TargetError, TargetInfo
+from specforge_core.contracts.kinds import shorten
 
 from specforge_hf_target.config import language_section
 from specforge_hf_target.model_files import find_directory, locate_file, read_model_json
@@ -90,7 +90,7 @@ def _check_meaning(name: str, text: Mapping[str, Any], where: str) -> None:
     for key, harmless in _NONLINEAR_HEADS.items():
         if name == LM_HEAD and text.get(key) not in (None, harmless):
             raise TargetError(
-                f"its logits are not lm_head times the hidden state ({key} is {reprlib.repr(text[key])})",
+                f"its logits are not lm_head times the hidden state ({key} is {shorten(text[key])})",
                 where=f"{where}: {key}",
                 hint="such targets cannot be trained against yet",
             )
@@ -100,7 +100,7 @@ def _is_tied(settings: Mapping[str, Any], where: str) -> bool:
     tied = language_section(settings).get("tie_word_embeddings", settings.get("tie_word_embeddings"))
     if tied is not None and type(tied) is not bool:
         raise TargetError(
-            f"{reprlib.repr(tied)} is neither true nor false",
+            f"{shorten(tied)} is neither true nor false",
             where=f"{where}: tie_word_embeddings",
             hint="correct the file",
         )
@@ -157,7 +157,7 @@ class _WeightFiles:
             stored = file.get_slice(key)
             if tuple(stored.get_shape()) != shape or stored.get_dtype() not in _FLOATS:
                 raise TargetError(
-                    f"{name} is {stored.get_dtype()} {reprlib.repr(stored.get_shape())}, but config.json says floats "
+                    f"{name} is {stored.get_dtype()} {shorten(stored.get_shape())}, but config.json says floats "
                     f"{list(shape)}",
                     where=f"target {self._config.path}: {file_of[key]}",
                     hint="the weights and config.json are of different models",
@@ -207,8 +207,8 @@ def _read_index(path: Path) -> dict[str, str]:
     for key, name in files.items():
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise TargetError(
-                f"{reprlib.repr(name)} is not the name of a safetensors file of this model",
-                where=f"{path}: weight_map: {reprlib.repr(key)}",
+                f"{shorten(name)} is not the name of a safetensors file of this model",
+                where=f"{path}: weight_map: {shorten(key)}",
                 hint="copy it again",
             )
     return files

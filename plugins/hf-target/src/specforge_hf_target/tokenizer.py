@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from specforge_core.contracts import DataError, EncodedText, TargetError
+from specforge_core.contracts.kinds import shorten
 
 from specforge_hf_target.chat_template import render_template
 from specforge_hf_target.config import HfTargetConfig
@@ -85,7 +85,7 @@ class HfChatTokenizer:
             )
         if template and not isinstance(template, str):
             raise TargetError(
-                f"the chat template is {reprlib.repr(template)}, which is no text",
+                f"the chat template is {shorten(template)}, which is no text",
                 where=self._where,
                 hint="correct chat_template in tokenizer_config.json",
             )
