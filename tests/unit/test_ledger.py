@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
 
 import pytest
-from specforge_core.contracts import ConfigError, DataError, SampleRef, SpecForgeError
-from specforge_core.features import ledger as ledger_module
+from specforge_core.contracts import ConfigError, DataError, SampleRef
+from specforge_core.features import ledger_file
 from specforge_core.features.ledger import Ledger, NoLedger
 from specforge_core.testing.samples import make_ref
 
@@ -260,7 +259,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_another_process_holding_it_is_waited_for_only_so_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_file, "_LOCK_SECONDS", 0.05)
     with closing(Ledger(path, run_id="run")) as ledger, closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(DataError, match="another process has locked"):
@@ -303,7 +302,6 @@ def test_a_full_disk_is_refused_and_the_ledger_goes_on_once_there_is_room(
 WRITES_UNTIL_KILLED = """
 import sys
 from pathlib import Path
-from random import Random
 from specforge_core.contracts import SampleRef
 from specforge_core.features.ledger import Ledger
 
@@ -358,76 +356,3 @@ def _kill_after(path: Path, first: int, lines: int) -> list[tuple[str, int]]:
             writer.kill()
         said += writer.stdout.read().splitlines()
     return [(line.split()[0], int(line.split()[1])) for line in said if len(line.split()) == 2]
-
-
-def everything(path: Path) -> object:
-    with closing(Ledger(path, run_id="r")) as ledger:
-        found = ledger.find([f"p{n}.e0" for n in range(300)])
-        return found, ledger.available(), ledger.covered(20), list(ledger.deals())
-
-
-def test_altered_bytes_are_noticed_wherever_they_are(tmp_path: Path) -> None:
-    """After any single-bit flip: the product's own error, or exactly the same answers."""
-    path = tmp_path / "honest.sqlite"
-    with closing(Ledger(path, run_id="r")) as ledger:
-        ledger.see([replace(make_ref(n), sample_id=f"p{n}.e0", signature=f"s{n}") for n in range(300)])
-        for window in range(30):
-            ledger.deal(window, [f"p{n}.e0" for n in range(8 * window, 8 * window + 8)])
-        for window in range(20):
-            ledger.trained(window)
-        ledger.freed([f"p{n}.e0" for n in range(50)])
-    honest, content, chance = everything(path), path.read_bytes(), Random(7)
-    places = [*range(0, 100, 3), *(chance.randrange(len(content)) for _ in range(300))]
-    refused, silent, changed = 0, [], tmp_path / "changed.sqlite"
-    for place in places:
-        altered = bytearray(content)
-        altered[place] ^= 1 << chance.randrange(8)
-        for left in tmp_path.glob("changed.sqlite*"):
-            left.unlink()
-        changed.write_bytes(altered)
-        try:
-            if everything(changed) != honest:
-                silent.append(place)
-        except SpecForgeError:
-            refused += 1
-    assert silent == []
-    assert refused > 150, "most of the file is in use"
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "CREATE TRIGGER t AFTER INSERT ON deals BEGIN DELETE FROM samples; END",
-        "CREATE VIEW v AS SELECT * FROM samples",
-        "CREATE TABLE other (x)",
-        "DROP INDEX live_samples",
-        "ALTER TABLE samples ADD COLUMN more",
-        "UPDATE samples SET generation = 9",
-        "UPDATE samples SET ref = '[0, \"p\", 0, 1, 3]'",
-        "UPDATE samples SET generation = x'00'",
-        "UPDATE deals SET trained = 1",
-        "UPDATE layouts SET layout = '" + "[" * 5000 + "'",
-        "UPDATE run SET run_id = 'other'",
-        "INSERT INTO run VALUES ('other')",
-    ],
-)
-def test_a_ledger_that_somebody_else_wrote_in_is_refused(path: Path, statement: str) -> None:
-    with closing(Ledger(path, run_id="r")) as ledger:
-        ledger.see([make_ref(n) for n in range(3)])
-        ledger.deal(0, [make_ref(0).sample_id])
-    with closing(sqlite3.connect(path)) as db, db:
-        db.execute(statement)
-    with pytest.raises(ConfigError, match=r"damaged|belongs to run"):
-        Ledger(path, run_id="r")
-
-
-@pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
-def test_a_link_in_place_of_the_ledger_is_not_followed(path: Path, suffix: str) -> None:
-    Ledger(path, run_id="r").close()
-    mine = path.with_name("mine")
-    mine.write_bytes(path.read_bytes())
-    link = path.with_name(path.name + suffix)
-    link.unlink(missing_ok=True)
-    link.symlink_to(mine)
-    with pytest.raises(ConfigError, match="symbolic link"):
-        Ledger(path, run_id="r")

@@ -57,6 +57,17 @@ def open_regular(path: Path | str, flags: int, mode: int = 0o664, *, dir_fd: int
     return descriptor
 
 
+def check_regular(path: Path) -> None:
+    """For who opens files by name only, as libraries do: look before it does, with the rules of ``open_regular``.
+
+    :raises OSError: there is nothing, or it is not a regular file with one name.
+    """
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, "is a symbolic link, which is not followed here", str(path))
+    _refuse_strange(status, path, writing=True)
+
+
 def _refuse_strange(status: os.stat_result, path: Path | str, *, writing: bool) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -113,8 +124,9 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
     :raises OSError: it cannot be opened (see ``open_regular``), or it is longer than ``limit`` bytes.
     """
     with open(open_regular(path, os.O_RDONLY), "rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read() if size <= limit else b""  # a read of so many bytes would allocate them first
+    if max(size, len(content)) > limit:
         raise OSError(errno.EFBIG, f"is longer than {limit} bytes", str(path))
     return content
 

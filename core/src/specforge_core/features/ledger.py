@@ -4,51 +4,53 @@
 It stands beside the loader of rank 0, its only writer. A deal is recorded *before* its window is handed out and
 ``trained`` at the optimizer boundary, so after a kill at any moment it says which samples the checkpoint covers, which
 features still wait, and that no sample was lost or trained twice. One SQLite file in the run directory, on a local
-disk (its write-ahead log is shared memory and does not work between machines). ``ledger_file`` opens and checks it.
+disk (its write-ahead log is shared memory and does not work between machines).
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count, repeat
 from pathlib import Path
+from typing import Any
 
 from specforge_core.contracts import SampleRef
 from specforge_core.contracts.files import parse_json
 from specforge_core.features.ledger_file import (
-    check_ledger,
-    checksum,
-    create_ledger,
-    damaged_ledger,
+    DEAL,
+    LAYOUT,
+    SAMPLE,
+    RowKind,
+    altered,
+    checksum_of,
+    damaged,
+    is_intact,
+    open_ledger_file,
     refusals,
-    refuse_planted,
 )
 from specforge_core.features.ref_codec import RefDecoder, RefEncoder
 
-_LOCK_SECONDS = 5.0
 _COMPACT = (",", ":")
 _PAGE_OF_DEALS = 1000
 
+_SAMPLE = SAMPLE.columns
+_FIND_SAMPLE = f"SELECT {_SAMPLE} FROM samples WHERE sample_id = ?"
+_FIND_DEAL = f"SELECT {DEAL.columns} FROM deals WHERE sample_id = ? ORDER BY step DESC LIMIT 1"
 _SEE = """INSERT INTO samples (sample_id, generation, ref, checksum) VALUES (?, ?, ?, ?)
     ON CONFLICT (sample_id) DO UPDATE
     SET generation = excluded.generation, ref = excluded.ref, freed = 0, checksum = excluded.checksum
     WHERE excluded.generation > samples.generation"""
-_FIND = """SELECT samples.ref, samples.freed, deals.step, deals.trained FROM samples LEFT JOIN deals
-    ON deals.sample_id = samples.sample_id WHERE samples.sample_id = ? ORDER BY deals.step DESC LIMIT 1"""
-_DEAL = """INSERT INTO deals (step, place, sample_id, generation, checksum)
-    SELECT ?1, ?2, ?3, known, checksum(?1, ?2, ?3, known, 0)
-    FROM (SELECT coalesce((SELECT generation FROM samples WHERE sample_id = ?3), 0) AS known)"""
-_TRAINED = "UPDATE deals SET trained = 1, checksum = checksum(step, place, sample_id, generation, 1)"
-_FREED = "UPDATE samples SET freed = 1, checksum = checksum(sample_id, generation, ref, 1) WHERE sample_id = ?"
-_AVAILABLE = """SELECT ref FROM samples WHERE freed = 0
+_DEAL = "INSERT INTO deals (step, place, sample_id, generation, checksum) VALUES (?, ?, ?, ?, ?)"
+_TRAINED = "UPDATE deals SET trained = 1, checksum = checksum | 1 WHERE step = ?"
+_FREED = "UPDATE samples SET freed = 1, checksum = checksum | 1 WHERE sample_id = ?"
+_AVAILABLE = f"""SELECT {_SAMPLE} FROM samples WHERE freed = 0
     AND NOT EXISTS (SELECT 1 FROM deals WHERE deals.sample_id = samples.sample_id) ORDER BY place"""
-_COVERED = """SELECT ref FROM samples WHERE freed = 0
+_COVERED = f"""SELECT {_SAMPLE} FROM samples WHERE freed = 0
     AND (SELECT max(step) FROM deals WHERE deals.sample_id = samples.sample_id) < ? ORDER BY place"""
-_DEALS = """SELECT step, sample_id, generation, trained, place FROM deals
-    WHERE (step, place) > (?, ?) ORDER BY step, place LIMIT ?"""
+_DEALS = f"SELECT {DEAL.columns} FROM deals WHERE (step, place) > (?, ?) ORDER BY step, place LIMIT ?"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +78,33 @@ class Ledger:
 
     def __init__(self, path: Path, *, run_id: str) -> None:
         self._path = path
-        with refusals(path):
-            refuse_planted(path)
-            self._db = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
-        with refusals(path), ExitStack() as opened:
-            opened.callback(self._db.close)
-            self._open(run_id)
-            opened.pop_all()
-
-    def _open(self, run_id: str) -> None:
-        self._db.create_function("checksum", -1, checksum, deterministic=True)
-        if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            check_ledger(self._db, self._path, run_id=run_id)
-            self._db.execute("PRAGMA journal_mode = WAL")
-        else:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            create_ledger(self._db, run_id=run_id)
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._db = open_ledger_file(path, run_id=run_id)
         self._decoder = RefDecoder()
-        for (layout,) in self._db.execute("SELECT layout FROM layouts ORDER BY number"):
-            try:
-                self._decoder.add_layout(parse_json(layout))
-            except ValueError as error:
-                raise damaged_ledger(self._path, str(error)) from error
+        with ExitStack() as opened:
+            opened.callback(self._db.close)
+            for number, layout, _ in self._rows(LAYOUT, f"SELECT {LAYOUT.columns} FROM layouts ORDER BY number", ()):
+                self._add_layout(number, layout)
+            opened.pop_all()
         self._encoder = RefEncoder(self._decoder.layouts)
+
+    def _add_layout(self, number: int, layout: str) -> None:
+        if number != len(self._decoder.layouts):
+            raise damaged(self._path, f"layout {len(self._decoder.layouts)} is missing")
+        try:
+            self._decoder.add_layout(parse_json(layout))
+        except (ValueError, TypeError) as error:
+            raise damaged(self._path, f"layout {number}: {error}") from error
+
+    def _rows(self, kind: RowKind, query: str, parameters: tuple[int | str, ...]) -> Iterator[tuple[Any, ...]]:
+        """Rows of a kind without their checksums, which are right.
+
+        :raises ConfigError: a row was altered.
+        """
+        with refusals(self._path):
+            for row in self._db.execute(query, parameters):
+                if not is_intact(kind, row):
+                    raise altered(self._path, row)
+                yield row[:-1]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -115,16 +120,17 @@ class Ledger:
         :raises TypeError: a ref holds anything but metadata.
         """
         encoder = self._encoder.copy()
-        rows, layouts = [], []
+        samples, layouts = [], []
         for ref in refs:
             layout, record = encoder.encode(ref)
             layouts += [json.dumps(layout, separators=_COMPACT, ensure_ascii=False)] if layout is not None else []
-            text = json.dumps(record, separators=_COMPACT, ensure_ascii=False)
-            rows.append((ref.sample_id, ref.generation, text, checksum(ref.sample_id, ref.generation, text, 0)))
-        numbered = list(enumerate(layouts, start=len(self._decoder.layouts)))
+            row = (ref.sample_id, ref.generation, json.dumps(record, separators=_COMPACT, ensure_ascii=False))
+            samples.append((*row, checksum_of(*row)))
+        first = len(self._decoder.layouts)
+        numbered = [(number, layout, checksum_of(number, layout)) for number, layout in enumerate(layouts, first)]
         with self._transaction():
-            self._db.executemany("INSERT INTO layouts VALUES (?1, ?2, checksum(?1, ?2))", numbered)
-            self._db.executemany(_SEE, rows)
+            self._db.executemany("INSERT INTO layouts VALUES (?, ?, ?)", numbered)
+            self._db.executemany(_SEE, samples)
         self._encoder = encoder
         for text in layouts:
             self._decoder.add_layout(json.loads(text))
@@ -132,10 +138,11 @@ class Ledger:
     def find(self, sample_ids: Sequence[str]) -> dict[str, LedgerEntry]:
         """What is known of these samples; those never seen, or lost and not seen since, are left out."""
         entries = {}
-        with refusals(self._path):
-            for sample_id in sample_ids:
-                for ref, freed, window, trained in self._db.execute(_FIND, (sample_id,)):
-                    entries[sample_id] = LedgerEntry(self._decode(ref), window, bool(trained), bool(freed))
+        for wanted in sample_ids:
+            for sample in self._rows(SAMPLE, _FIND_SAMPLE, (wanted,)):
+                deal = next(self._rows(DEAL, _FIND_DEAL, (wanted,)), None)
+                window, trained = (None, False) if deal is None else (deal[0], bool(deal[-1]))
+                entries[wanted] = LedgerEntry(self._decode(sample), window, trained, bool(sample[-1]))
         return entries
 
     def deal(self, window: int, sample_ids: Sequence[str]) -> None:
@@ -151,7 +158,9 @@ class Ledger:
             if self._db.execute(trained, (window,)).fetchone():
                 raise ValueError(f"window {window} was trained and is dealt again")
             self._db.execute("DELETE FROM deals WHERE step = ?", (window,))
-            self._db.executemany(_DEAL, [(window, place, sample) for place, sample in enumerate(sample_ids)])
+            generations = [self._generation(sample) for sample in sample_ids]
+            rows = zip(repeat(window), count(), sample_ids, generations, strict=False)
+            self._db.executemany(_DEAL, [(*row, checksum_of(*row)) for row in rows])
 
     def trained(self, window: int) -> None:
         """The optimizer has made its step with this window.
@@ -159,14 +168,14 @@ class Ledger:
         :raises ValueError: it was never dealt.
         """
         with self._transaction():
-            if not self._db.execute(f"{_TRAINED} WHERE step = ?", (window,)).rowcount:
+            if not self._db.execute(_TRAINED, (window,)).rowcount:
                 raise ValueError(f"window {window} was trained but never dealt")
 
     def rewind(self, step: int) -> None:
         """The run goes on after ``step`` finished windows, all trained, recorded or not: later deals are undone."""
         with self._transaction():
             self._db.execute("DELETE FROM deals WHERE step >= ?", (step,))
-            self._db.execute(f"{_TRAINED} WHERE step = ? - 1 AND step >= 0", (step,))
+            self._db.execute(f"{_TRAINED} - 1 AND step >= 0", (step,))
 
     def available(self) -> list[SampleRef]:
         """Refs dealt to no window and not freed, in the order they came: what need not be captured again."""
@@ -189,14 +198,10 @@ class Ledger:
     def deals(self) -> Iterator[tuple[int, str, int, bool]]:
         """(window, sample id, its generation when dealt, trained), in the order of windows and of places in them."""
         after = (-1, -1)
-        while True:
-            with refusals(self._path):
-                rows = self._db.execute(_DEALS, (*after, _PAGE_OF_DEALS)).fetchall()
-            if not rows:
-                return
-            for window, sample_id, generation, trained, _ in rows:
+        while rows := list(self._rows(DEAL, _DEALS, (*after, _PAGE_OF_DEALS))):
+            for window, _, sample_id, generation, trained in rows:
                 yield window, sample_id, generation, bool(trained)
-            after = (rows[-1][0], rows[-1][-1])
+            after = rows[-1][:2]
 
     def close(self) -> None:
         """Idempotent."""
@@ -207,14 +212,22 @@ class Ledger:
             self._db.executemany(statement, [(sample_id,) for sample_id in sample_ids])
 
     def _refs(self, query: str, parameters: tuple[int, ...]) -> list[SampleRef]:
-        with refusals(self._path):
-            return [self._decode(ref) for (ref,) in self._db.execute(query, parameters)]
+        return [self._decode(row) for row in self._rows(SAMPLE, query, parameters)]
 
-    def _decode(self, text: str) -> SampleRef:
+    def _generation(self, sample_id: str) -> int:
+        """The recorded one; 0 where nobody has the sample's features."""
+        sample = next(self._rows(SAMPLE, _FIND_SAMPLE, (sample_id,)), None)
+        return 0 if sample is None else int(sample[1])
+
+    def _decode(self, sample: tuple[Any, ...]) -> SampleRef:
+        sample_id, generation, text, _ = sample
         try:
-            return self._decoder.decode(parse_json(text))
-        except ValueError as error:
-            raise damaged_ledger(self._path, str(error)) from error
+            ref = self._decoder.decode(parse_json(text))
+        except (ValueError, TypeError) as error:
+            raise damaged(self._path, f"the ref of {sample_id!r:.200}: {error}") from error
+        if (ref.sample_id, ref.generation) != (sample_id, generation):
+            raise damaged(self._path, f"the ref of {sample_id!r:.200} is another sample's or generation's")
+        return ref
 
 
 class NoLedger:
