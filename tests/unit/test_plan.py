@@ -133,7 +133,7 @@ def test_resolved_run_file_gives_the_same_plan_again(registry: PluginRegistry) -
         (["data.train=[none.jsonl]"], ["none.jsonl does not exist"]),
         (["run.directory=train.jsonl"], ["is a file; name a directory"]),
         (["strategy.name=fanci"], ["no strategy 'fanci' is installed", "did you mean 'fancy'"]),
-        (["target.name=far"], ["pip install specforge-far-target"]),
+        (["target.name=far"], ["`specforge plugins` lists"]),
         (["target.name=null"], ["is missing (one of: fake"]),
         (["target.name=3"], ["must be text"]),
     ],
