@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from specforge_core.contracts.redaction import hide_secrets, redact_message, show_value, without_secrets
+from specforge_core.contracts.redaction import hide_secrets, redact_message, show_value, visible, without_secrets
 
 SECRET = "wonderful-secret"
 
@@ -43,6 +43,11 @@ def test_a_setting_is_shown_without_its_secret(value: str) -> None:
 @pytest.mark.parametrize("value", ["redis://127.0.0.1:6379/0", "a/b.jsonl", "training.epochs=2", "unix:///run/r.sock"])
 def test_a_setting_without_a_secret_is_shown_as_it_is(value: str) -> None:
     assert hide_secrets(value) == redact_message(value) == without_secrets(value) == value
+
+
+def test_what_would_play_with_a_terminal_is_spelt_out() -> None:
+    assert visible("plain: ünïcode\n\ttext") == "plain: ünïcode\n\ttext"
+    assert visible("\x1b[2J\rerror\u202e") == "\\x1b[2J\\rerror\\u202e"
 
 
 def test_an_entry_with_a_secrets_name_is_hidden_and_not_kept() -> None:

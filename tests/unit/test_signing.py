@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 
 import pytest
-from specforge_core.contracts import AccessDenied, FeatureSpec, SampleRef, access_proof, check_signature, sign
+from specforge_core.contracts import AccessDenied, FeatureSpec, SampleRef, access_proof, check_signature, locate, sign
 from specforge_core.testing.samples import make_ref
 
 TOKEN, RUN = "a shared secret", "run-7"
@@ -55,6 +55,11 @@ def test_a_refused_ref_is_located() -> None:
     forged = replace(make_ref(7), origin="refs/stranger.refs, offset 72")
     with pytest.raises(AccessDenied, match=r"sample prompt-7\.e0 \(refs/stranger\.refs, offset 72\)"):
         check_signature(forged, token=TOKEN, run_id=RUN)
+
+
+def test_a_ref_of_any_id_is_named_in_one_line() -> None:
+    assert locate(replace(make_ref(7), sample_id="\x1b[2J\n")) == "sample '\\x1b[2J\\n'"
+    assert len(locate(replace(make_ref(7), sample_id="x" * 10**6))) < 300
 
 
 def test_another_run_or_token_is_refused() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from specforge_core.cli.environment import disabled_by_environment
 from specforge_core.contracts.errors import RunStopped, SpecForgeError
-from specforge_core.contracts.redaction import redact_message
+from specforge_core.contracts.redaction import redact_message, visible
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         app(args=given, prog_name="specforge")
     except RunStopped as stopped:
-        sys.stderr.write(f"{redact_message(str(stopped))}\n")
+        sys.stderr.write(f"{visible(redact_message(str(stopped)))}\n")
         sys.exit(EXIT_INTERRUPTED)
     except SpecForgeError as error:
         sys.stderr.write(f"{format_error(error)}\n")
@@ -48,13 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def format_error(error: SpecForgeError) -> str:
     """What, where and what to do, as plain text: ``error: WHERE: MESSAGE``, then the hint on a line of its own.
 
-    Passwords of addresses are hidden here at the latest: a library may have quoted one in its message.
+    Passwords of addresses are hidden here at the latest, and control characters spelt out: a message may quote a
+    library, or a file that somebody else wrote.
     """
     located = f"{error.where}: {error.message}" if error.where else error.message
     lines = [f"error: {located}", *getattr(error, "__notes__", [])]
     if error.hint:
         lines.append(f"hint: {error.hint}")
-    return redact_message("\n  ".join(lines))
+    return visible(redact_message("\n  ".join(lines)))
 
 
 if __name__ == "__main__":

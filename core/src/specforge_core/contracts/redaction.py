@@ -79,6 +79,11 @@ def redact_message(message: str) -> str:
     return _OPTION.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", message))
 
 
+def visible(message: str) -> str:
+    """A message as a terminal may show it: what would move its cursor or turn its text around is spelt out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
+
+
 def without_secrets(value: Any) -> Any:
     """Settings as they may be kept in a file: no entry with a secret's name, no user and password in a URL."""
     if isinstance(value, str):

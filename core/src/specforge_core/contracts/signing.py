@@ -18,6 +18,8 @@ from dataclasses import replace
 from specforge_core.contracts.errors import AccessDenied
 from specforge_core.contracts.records import SampleRef
 
+_SHOWN_CHARACTERS = 200
+"""Of a sample id in a message; ids of ours are no longer, since they name files."""
 _SIGNATURE_BYTES = 16
 """Half of the digest, as RFC 2104 allows: 128 bits, 22 characters in every ref."""
 
@@ -40,8 +42,9 @@ def check_signature(ref: SampleRef, *, token: str, run_id: str) -> None:
 
 
 def locate(ref: SampleRef) -> str:
-    """The sample of a ref and where the ref stands, for messages."""
-    return f"sample {ref.sample_id}{f' ({ref.origin})' if ref.origin else ''}"
+    """The sample of a ref and where the ref stands, for messages. A stranger's ref may have any text for an id."""
+    name = ref.sample_id[:_SHOWN_CHARACTERS]
+    return f"sample {name if name.isprintable() else ascii(name)}{f' ({ref.origin})' if ref.origin else ''}"
 
 
 def access_proof(token: str, *, purpose: str) -> str:
