@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sqlite3
 import subprocess
@@ -259,8 +260,27 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         Ledger(tmp_path / "absent" / "ledger.sqlite", run_id="run")
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_ledger_of_somebody_else_is_not_called_damaged(path: Path) -> None:
+    Ledger(path, run_id="run").close()
+    path.chmod(0o444)
+    with pytest.raises(DataError, match=r"cannot be written: .*Permission denied"):
+        Ledger(path, run_id="run")
+
+
+def test_a_ledger_that_cannot_be_opened_now_is_not_called_damaged(path: Path) -> None:
+    Ledger(path, run_id="run").close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written: .*Too many open files"):
+            Ledger(path, run_id="run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_another_process_holding_it_is_waited_for_only_so_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(ledger_module, "LOCK_SECONDS", 0.05)
     with closing(Ledger(path, run_id="run")) as ledger, closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(DataError, match="another process has locked"):

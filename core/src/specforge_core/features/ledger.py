@@ -19,6 +19,7 @@ from pathlib import Path
 from specforge_core.contracts import SampleRef
 from specforge_core.contracts.files import parse_json
 from specforge_core.features.ledger_file import (
+    LOCK_SECONDS,
     check_ledger,
     checksum,
     create_ledger,
@@ -28,7 +29,6 @@ from specforge_core.features.ledger_file import (
 )
 from specforge_core.features.ref_codec import RefDecoder, RefEncoder
 
-_LOCK_SECONDS = 5.0
 _COMPACT = (",", ":")
 _PAGE_OF_DEALS = 1000
 
@@ -78,7 +78,7 @@ class Ledger:
         self._path = path
         with refusals(path):
             refuse_planted(path)
-            self._db = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
+            self._db = sqlite3.connect(path, timeout=LOCK_SECONDS, isolation_level=None)
         with refusals(path), ExitStack() as opened:
             opened.callback(self._db.close)
             self._open(run_id)

@@ -7,11 +7,12 @@ find altered values, and comparing the schema finds whatever else somebody put t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
@@ -21,7 +22,10 @@ from specforge_core.contracts.files import open_regular
 
 _APPLICATION_ID = 0x53464C31  # "SFL1", in the file's header
 _FORMAT = 2
-_LOCK_SECONDS = 5.0
+LOCK_SECONDS = 5.0
+"""One process trains a run at a time, so whoever else has the ledger open is about to close it."""
+_PLANTED = (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EMLINK, errno.EISDIR)
+"""What ``open_regular`` says of what is no file of ours."""
 
 # A sample's features are *live* until they are freed. Finished runs have millions of samples and few live ones, so
 # whatever asks for live ones goes through an index that holds no others.
@@ -56,9 +60,8 @@ def checksum(*fields: object) -> int:
 def refuse_planted(path: Path) -> None:
     """:raises OSError: a link, or something else that is no file, stands where SQLite would write."""
     for suffix in ("", "-wal", "-shm"):
-        file = path.with_name(path.name + suffix)
-        if os.path.lexists(file):
-            os.close(open_regular(file, os.O_RDWR))
+        with suppress(FileNotFoundError):  # a new ledger, or whoever had it open has just cleared away its log
+            os.close(open_regular(path.with_name(path.name + suffix), os.O_RDWR))
 
 
 def create_ledger(db: sqlite3.Connection, *, run_id: str) -> None:
@@ -120,7 +123,8 @@ def refusals(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise damaged_ledger(path, f"{error.filename}: {error.strerror}") from error
+        fault = f"{error.filename}: {error.strerror}"
+        raise damaged_ledger(path, fault) if error.errno in _PLANTED else _not_writable(fault, path) from error
     except UnicodeDecodeError as error:  # a message of SQLite's that quotes what is in the file
         raise damaged_ledger(path, str(error)) from error
     except sqlite3.DatabaseError as error:
@@ -138,10 +142,14 @@ def _refusal(error: sqlite3.DatabaseError, path: Path) -> SpecForgeError:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         hint = "end the process that has the ledger open (one trains a run at a time) and start again"
         return DataError(
-            f"another process has locked the ledger for {_LOCK_SECONDS:g} seconds", where=str(path), hint=hint
+            f"another process has locked the ledger for {LOCK_SECONDS:g} seconds", where=str(path), hint=hint
         )
+    return _not_writable(str(error), path)
+
+
+def _not_writable(fault: str, path: Path) -> DataError:
     hint = "free space or correct the permissions there, then start the same command again: it resumes"
-    return DataError(f"the ledger cannot be written: {error}", where=str(path), hint=hint)
+    return DataError(f"the ledger cannot be written: {fault}", where=str(path), hint=hint)
 
 
 def damaged_ledger(path: Path, fault: str) -> ConfigError:

@@ -19,7 +19,10 @@ def read_all(channel: RefChannel, sample_ids: Sequence[str], *, trusted: Trusted
     refs: dict[str, SampleRef] = {}
     try:
         while batch := reader.poll(4096, 0.0):
-            refs.update((ref.sample_id, ref) for ref in trusted(batch))
+            for ref in trusted(batch):
+                known = refs.get(ref.sample_id)
+                if known is None or known.generation <= ref.generation:  # an older one may be replayed
+                    refs[ref.sample_id] = ref
     finally:
         reader.close()
     missing = [sample_id for sample_id in sample_ids if sample_id not in refs]
