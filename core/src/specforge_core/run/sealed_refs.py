@@ -20,9 +20,8 @@ def read_all(channel: RefChannel, sample_ids: Sequence[str], *, trusted: Trusted
     try:
         while batch := reader.poll(4096, 0.0):
             for ref in trusted(batch):
-                known = refs.get(ref.sample_id)
-                if known is None or known.generation <= ref.generation:  # an older one may be replayed
-                    refs[ref.sample_id] = ref
+                newest = max(refs.get(ref.sample_id, ref), ref, key=lambda known: known.generation)
+                refs[ref.sample_id] = newest  # an older one may be replayed
     finally:
         reader.close()
     missing = [sample_id for sample_id in sample_ids if sample_id not in refs]
