@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,15 @@ def test_an_index_that_is_wrong_is_refused(tmp_path: Path, case: str) -> None:
     _sharded(tmp_path / "tensors", HOSTILE[case])
     with pytest.raises(CheckpointError, match="this checkpoint is damaged"):
         read_tensors(tmp_path / "tensors", {"draft.weight": torch.zeros(2, 3)}, prefixes=("draft.",))
+
+
+def test_an_index_of_very_many_chunks_is_refused_at_once(tmp_path: Path) -> None:
+    chunks = [_chunk(row, 1, 0) for row in (0, *range(9_999))]
+    _sharded(tmp_path / "tensors", _index(chunks, shape=[10_000, 3]))
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="overlap"):
+        read_tensors(tmp_path / "tensors", {"draft.weight": torch.zeros(10_000, 3)}, prefixes=("draft.",))
+    assert time.monotonic() - began < 5
 
 
 def test_sizes_that_no_machine_has_are_refused_before_anything_is_taken(tmp_path: Path) -> None:

@@ -258,6 +258,17 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         Ledger(tmp_path / "absent" / "ledger.sqlite", run_id="run")
 
 
+def test_a_ledger_that_cannot_be_opened_now_is_not_called_damaged(path: Path) -> None:
+    Ledger(path, run_id="run").close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(DataError, match=r"cannot be written"):
+            Ledger(path, run_id="run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_another_process_holding_it_is_waited_for_only_so_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger_file, "_LOCK_SECONDS", 0.05)
     with closing(Ledger(path, run_id="run")) as ledger, closing(sqlite3.connect(path)) as other:

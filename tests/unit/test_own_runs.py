@@ -155,3 +155,22 @@ def test_a_run_file_without_end_is_refused(tmp_path: Path) -> None:
         load_run(tmp_path, [])
     with pytest.raises(ConfigError, match="is longer than"):
         load_run((tmp_path / "config.yaml").rename(tmp_path / "mine.yaml"), [])
+
+
+def test_a_users_own_run_file_is_no_run_directorys_for_lying_beside_checkpoints(tiny_model, tmp_path, state) -> None:
+    """Nor is anything asked of the project that it lies in, such as to have no links."""
+    run = make_run(tiny_model, tmp_path / "project", run={"directory": str(tmp_path / "runs" / "x")})
+    (run / "provenance.json").unlink()
+    (run / "checkpoints" / "checkpoint-500").mkdir(parents=True)
+    (run / "data").symlink_to(tmp_path)
+    loaded = load_run(run / "config.yaml", [])
+    assert not loaded.received
+    assert loaded.config.run.directory == tmp_path / "runs" / "x"
+
+
+@pytest.mark.parametrize("artefact", ["provenance.json", "ledger.sqlite", "checkpoints/step-00000500"])
+def test_a_run_files_name_in_a_run_directory_is_the_directorys(tiny_model, tmp_path, state, artefact: str) -> None:
+    run = make_run(tiny_model, tmp_path / "run")
+    (run / "provenance.json").unlink()
+    write_text(run / artefact, "")
+    assert load_run(shutil.copytree(run, tmp_path / "got") / "config.yaml", []).received

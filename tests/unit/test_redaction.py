@@ -74,3 +74,12 @@ def test_a_value_of_any_size_is_shown_at_once() -> None:
     assert len(show_value({"a": bomb, "b": 10**5000})) <= 61
     assert show_value(10**5000) == "a very large number"
     assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("text", ["a", "a://", "?a.", "token", "token: ", "@", "a://b@"])
+def test_a_long_text_is_redacted_at_once(text: str) -> None:
+    long = text * (100_000 // len(text))
+    began = time.monotonic()
+    for redact in (redact_message, hide_secrets, without_secrets, show_value):
+        redact(long)
+    assert time.monotonic() - began < 2

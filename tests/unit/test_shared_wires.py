@@ -13,14 +13,20 @@ import pytest
 from specforge_core.contracts import (
     AccessDenied,
     DataError,
+    PartContext,
     SilentProgress,
     StopSignal,
     held_out_sample_id,
     skipped_ref,
 )
+from specforge_core.features.file_channel import FileChannel
+from specforge_core.hooks.builtin import FileChannelConfig
+from specforge_core.loading.trusted_refs import TrustedRefs
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import RunDirectory
+from specforge_core.run.sealed_refs import read_all
 from specforge_core.run.wires import RunWires
+from specforge_core.testing.samples import make_ref
 
 
 class SlowPart:
@@ -52,15 +58,29 @@ TOKEN = "a secret of thirty-two characters"
 REF = skipped_ref("p1.e0", prompt_id="p1", epoch=0)
 
 
-def wires(tmp_path: Path, *, run_id: str = "r", features: str = "f", reuse: bool = False, token: str | None = None):
+def wires(
+    tmp_path: Path,
+    *,
+    run_id: str = "r",
+    features: str = "f",
+    reuse: bool = False,
+    token: str | None = None,
+    held_out: bool = True,
+):
     section = SimpleNamespace(directory=tmp_path, token_file=None)
     if token is not None:
         section.token_file = tmp_path / "token"
         section.token_file.write_text(token)
         section.token_file.chmod(0o600)
-    config = SimpleNamespace(run=section, data=SimpleNamespace(features=None))
-    plan: Any = SimpleNamespace(config=config, run_id=run_id, feature_reuse=reuse)
-    return RunWires(plan, RunDirectory(tmp_path, tmp_path), fingerprint=lambda split: f"{features} {split}")
+    data = SimpleNamespace(features=None, eval=[tmp_path / "held-out.jsonl"] if held_out else [])
+    plan: Any = SimpleNamespace(config=SimpleNamespace(run=section, data=data), run_id=run_id, feature_reuse=reuse)
+
+    def fingerprint(split: str) -> str:
+        if split == "eval" and not held_out:
+            raise DataError("no prompts are given", where="data")  # as preparing them would say
+        return f"{features} {split}"
+
+    return RunWires(plan, RunDirectory(tmp_path, tmp_path), fingerprint=fingerprint)
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
@@ -89,3 +109,19 @@ def test_held_out_refs_are_of_the_held_out_prompts(tmp_path: Path) -> None:
     ours._fingerprint = lambda split: splits.append(split) or split
     ours.check(ours.sign(ref))
     assert splits == ["eval", "eval"]
+
+
+def test_a_strangers_held_out_ref_does_not_end_a_run_that_has_no_held_out_prompts(tmp_path: Path) -> None:
+    stranger = skipped_ref(held_out_sample_id("p1"), prompt_id="p1", epoch=0)
+    assert wires(tmp_path, token=TOKEN, held_out=False).trusted([stranger]) == []
+
+
+def test_of_two_refs_of_a_held_out_sample_the_newer_one_counts(tmp_path: Path) -> None:
+    """In whatever order they come: an older one may have been replayed."""
+    channel = FileChannel(FileChannelConfig(name="file", path=tmp_path), PartContext(run_id="r", directory=tmp_path))
+    newer, older = make_ref(0, generation=2), make_ref(0)
+    writer = channel.writer("w")
+    writer.publish([newer])
+    writer.publish([older])
+    writer.close()
+    assert read_all(channel, [newer.sample_id], trusted=TrustedRefs(lambda ref: None))[0].generation == 2

@@ -8,6 +8,7 @@ it, and every row has the checksum it was written with. Rows are compared again 
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +26,8 @@ _FORMAT = 2
 _LOCK_SECONDS = 5.0
 _MAX_VALUE_BYTES = 16 << 20
 """The longest text in a row: a ref has some hundred bytes."""
+_PLANTED = (errno.ELOOP, errno.EINVAL, errno.EMLINK)
+"""What ``check_regular`` says of what is no file of ours."""
 _STEPS_PER_BYTE, _STEPS_BETWEEN = 20, 100_000
 """Checking a ledger takes SQLite half a step of its machine per byte. A file whose pages lead through one another again
 and again takes steps without end, and is given up."""
@@ -83,8 +86,8 @@ def open_ledger_file(path: Path, *, run_id: str) -> sqlite3.Connection:
     :raises ConfigError: the file belongs to another run, another format, or is damaged or something else than a file.
     :raises DataError: it cannot be opened or made.
     """
-    _check_files(path)
     with refusals(path), ExitStack() as opened:
+        _check_files(path)
         db = sqlite3.connect(path, timeout=_LOCK_SECONDS, isolation_level=None)
         opened.callback(db.close)
         db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
@@ -117,6 +120,8 @@ def _check_files(path: Path) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
+            if error.errno not in _PLANTED:
+                raise
             raise _not_ours(file, f"this {error.strerror}") from error
     journal = path.with_name(f"{path.name}-journal")
     with suppress(FileNotFoundError):
@@ -193,9 +198,13 @@ def _limited_steps(db: sqlite3.Connection, path: Path) -> Iterator[None]:
 
 @contextmanager
 def refusals(path: Path) -> Iterator[None]:
-    """SQLite's errors, but for those that only a bug can cause, as ours."""
+    """SQLite's errors, but for those that only a bug can cause, and the file system's, as ours."""
     try:
         yield
+    except SpecForgeError:
+        raise
+    except OSError as error:
+        raise _cannot_be_used(path, f"{error.filename}: {error.strerror}") from error
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
             raise
@@ -221,8 +230,12 @@ def _refusal(error: sqlite3.DatabaseError, path: Path) -> SpecForgeError:
         return DataError(
             f"another process has locked the ledger for {_LOCK_SECONDS:g} seconds", where=str(path), hint=hint
         )
+    return _cannot_be_used(path, str(error))
+
+
+def _cannot_be_used(path: Path, fault: str) -> DataError:
     hint = "free space or correct the permissions there, then start the same command again: it resumes"
-    return DataError(f"the ledger cannot be written: {error}", where=str(path), hint=hint)
+    return DataError(f"the ledger cannot be written: {fault}", where=str(path), hint=hint)
 
 
 def altered(path: Path, row: tuple[Any, ...]) -> ConfigError:

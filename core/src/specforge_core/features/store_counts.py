@@ -14,7 +14,6 @@ A record that is not there, not whole, or that nobody can have meant is lost: wh
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import threading
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from specforge_core.contracts import StoreError
 from specforge_core.contracts.files import open_regular
-from specforge_core.features.file_lock import lock_file
+from specforge_core.features.file_lock import lock_file, unlock_file
 from specforge_core.features.sample_file import MAX_GENERATION
 
 _FILE_NAME = ".counts"
@@ -118,7 +117,7 @@ class StoreCounts:
                 yield counts
             finally:
                 counts._save()
-                fcntl.flock(file, fcntl.LOCK_UN)  # a process that was forked meanwhile has the file open too
+                unlock_file(file)  # a process that was forked meanwhile has the file open too
 
     def read(self) -> tuple[int, int] | None:
         """Samples and bytes, without waiting for anybody; None where the record is lost."""

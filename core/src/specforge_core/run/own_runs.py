@@ -24,7 +24,8 @@ from specforge_core.run.directory import run_file_of
 
 _MARK = b"# made here: "
 _KEY_BYTES = 32
-_ARTEFACTS = ("provenance.json", "checkpoints")
+_ARTEFACTS = ("provenance.json", "ledger.sqlite", "checkpoints/step-*")
+"""What a run leaves beside its run file. A folder called checkpoints alone has many a project of a user's own."""
 
 
 def load_run(run: Path, overrides: Sequence[str]) -> LoadedConfig:
@@ -54,7 +55,8 @@ def mark_as_own(text: str, directory: Path) -> str:
 
 def _lies_in_run(path: Path) -> bool:
     """To name a run directory's own run file is to name the directory."""
-    return path.name == "config.yaml" and any((path.parent / name).exists() for name in _ARTEFACTS)
+    found = (artefact for pattern in _ARTEFACTS for artefact in path.parent.glob(pattern))
+    return path.name == "config.yaml" and any(found)
 
 
 def _is_marked(content: bytes, directory: Path) -> bool:

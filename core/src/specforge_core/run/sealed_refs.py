@@ -19,7 +19,9 @@ def read_all(channel: RefChannel, sample_ids: Sequence[str], *, trusted: Trusted
     refs: dict[str, SampleRef] = {}
     try:
         while batch := reader.poll(4096, 0.0):
-            refs.update((ref.sample_id, ref) for ref in trusted(batch))
+            for ref in trusted(batch):
+                newest = max(refs.get(ref.sample_id, ref), ref, key=lambda known: known.generation)
+                refs[ref.sample_id] = newest  # an older one may be replayed
     finally:
         reader.close()
     missing = [sample_id for sample_id in sample_ids if sample_id not in refs]

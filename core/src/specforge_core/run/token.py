@@ -79,7 +79,8 @@ def _refuse_open_to_others(status: os.stat_result, path: Path) -> None:
         raise ConfigError(
             f"others may read or write the token file (mode {stat.S_IMODE(status.st_mode):o})",
             where=str(path),
-            hint=f"chmod 600 {path}, and make another token if somebody may have read this one",
+            hint=f"chmod 600 {path}, and make another token if somebody may have read this one; "
+            f"where a mount sets the mode, hand the token over in {VARIABLE}",
         )
 
 

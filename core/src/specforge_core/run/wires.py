@@ -107,7 +107,8 @@ class RunWires:
 
     def _belongs_to(self, ref: SampleRef) -> str:
         """Offline features belong to no run: whoever captures the same shares them."""
-        split: Split = "eval" if ref.sample_id == held_out_sample_id(ref.prompt_id) else "train"
+        held_out = self._plan.config.data.eval and ref.sample_id == held_out_sample_id(ref.prompt_id)
+        split: Split = "eval" if held_out else "train"
         run_id = "" if self._plan.feature_reuse else self._plan.run_id
         return f"{run_id} {self._fingerprint(split)}"
 
