@@ -222,6 +222,16 @@ def test_a_damaged_pointer_is_refused(tmp_path: Path, content: bytes) -> None:
         load_draft(tmp_path, _draft(), which="best")
 
 
+def test_a_damaged_best_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _write(tmp_path, 1, score=1.0)
+    (tmp_path / "best").write_bytes(b"\xff")
+    _write(tmp_path, 2, keep=1)
+    assert _steps(tmp_path) == [1, 2], "which of them is the best cannot be told"
+    _write(tmp_path, 3, score=0.5, keep=1)
+    assert "does not count" in caplog.text
+    assert (tmp_path / "best").read_text().strip() == "step-00000003"
+
+
 RECORDS = {
     "step of another": {"step": 2},
     "step is true": {"step": True},

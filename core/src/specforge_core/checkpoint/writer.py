@@ -81,13 +81,24 @@ class CheckpointWriter:
 
     def _point(self, path: Path, score: float | None) -> None:
         layout.write_pointer(self.directory / layout.LATEST, path.name)
-        best = layout.find_best(self.directory)
-        best_score = None if best is None else layout.read_progress(best)["score"]
+        best_score = self._best_score()
         if score is not None and (best_score is None or score > best_score):
             layout.write_pointer(self.directory / layout.BEST, path.name)
 
+    def _best_score(self) -> float | None:
+        """Of the best so far; one that is damaged is warned of and does not count, for it cannot be used."""
+        try:
+            best = layout.find_best(self.directory)
+            return None if best is None else layout.read_progress(best)["score"]
+        except CheckpointError as error:
+            _log.warning("the best checkpoint so far does not count: %s", error)
+            return None
+
     def _clear_old(self) -> None:
-        best = layout.find_best(self.directory)
+        try:
+            best = layout.find_best(self.directory)
+        except CheckpointError:
+            return  # which of them is the best cannot be told, so none goes
         for path in layout.complete_checkpoints(self.directory)[: -self._keep]:
             if path != best:
                 self._discard(path)

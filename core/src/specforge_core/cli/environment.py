@@ -7,6 +7,9 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 
+from specforge_core.contracts.errors import ConfigError
+from specforge_core.contracts.files import parse_json
+
 _OVERRIDES = "SPECFORGE_OVERRIDES"
 
 
@@ -21,5 +24,16 @@ def hand_down(overrides: Sequence[str]) -> Mapping[str, str]:
 
 
 def handed_down() -> list[str]:
-    """The overrides that the process which started this one handed down; they are for this process alone."""
-    return [str(text) for text in json.loads(os.environ.pop(_OVERRIDES, "[]"))]
+    """The overrides that the process which started this one handed down; they are for this process alone.
+
+    :raises ConfigError: somebody else set the variable.
+    """
+    try:
+        given = parse_json(os.environ.pop(_OVERRIDES, "[]"))
+    except ValueError as error:
+        given = str(error)
+    if not isinstance(given, list):
+        raise ConfigError(
+            "is not what a process of a run hands down", where=f"environment, {_OVERRIDES}", hint="unset it"
+        )
+    return [str(text) for text in given]

@@ -20,8 +20,8 @@ from specforge_core.contracts.redaction import hide_secrets
 _log = logging.getLogger(__name__)
 
 _NOT_OURS = (
-    "the run directory was not made by you on this machine, or was moved or edited since: what it asks for above is "
-    "yours to decide, each time"
+    "the run directory was not made by you on this machine, or was moved or edited since (or no key could be kept in "
+    "$XDG_STATE_HOME/specforge when it was made): what it asks for above is yours to decide, each time"
 )
 
 

@@ -18,17 +18,22 @@ from contextlib import contextmanager
 _log = logging.getLogger(__name__)
 
 _CHECKS = 20
-"""Per limit: the process ends at most a twentieth later than it might."""
+"""Per limit. All of them must have found the same standstill: a process that was stopped itself, and goes on, finds one
+long pause and has not looked so often."""
 
 
 @contextmanager
 def ending_when_stuck(stuck_seconds: Callable[[], float], *, limit_seconds: float) -> Iterator[None]:
     """Inside the block, end this process at once when ``stuck_seconds()`` goes beyond ``limit_seconds``."""
     done = threading.Event()
+    pause = limit_seconds / _CHECKS
 
     def watch() -> None:
-        while not done.wait(limit_seconds / _CHECKS):
-            if stuck_seconds() > limit_seconds:
+        checks, before = 0, 0.0
+        while not done.wait(pause):
+            stuck = stuck_seconds()
+            checks, before = (checks + 1, stuck) if stuck > before else (0, stuck)
+            if stuck > limit_seconds and checks >= _CHECKS:
                 _log.critical(
                     "nothing moved for %.0f s while a batch was captured (a device, server or mount that does not "
                     "answer?): this process ends, so that others take the batch over. If a batch may take longer, "

@@ -9,12 +9,14 @@ place of "any" before the call goes on. What then listens really listens there; 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import platform
 import select
 import socket
 import struct
+from contextlib import suppress
 
 _BIND_NUMBER = {"x86_64": 49, "aarch64": 200}
 _SECCOMP_NUMBER = {"x86_64": 317, "aarch64": 277}
@@ -63,13 +65,15 @@ def answer_binds(listener: int) -> None:
     watched.register(listener, select.POLLIN)
     while watched.poll()[0][1] & select.POLLIN:
         notification = bytearray(_NOTIFICATION.size)
-        try:
+        with suppress(OSError):  # it ended meanwhile
             fcntl.ioctl(listener, _RECEIVE, notification)
             number, thread, *_, arguments = (*_NOTIFICATION.unpack(notification)[:6], notification[32:])
-            _put_on_loopback(thread, *struct.unpack_from("=QQQ", arguments))
-            fcntl.ioctl(listener, _SEND, _ANSWER.pack(number, 0, 0, _CONTINUE))
-        except OSError:  # it ended meanwhile
-            continue
+            try:
+                _put_on_loopback(thread, *struct.unpack_from("=QQQ", arguments))
+                answer = _ANSWER.pack(number, 0, 0, _CONTINUE)
+            except OSError:  # its memory may not be written: refused, not left waiting, and not open to everybody
+                answer = _ANSWER.pack(number, 0, -errno.EPERM, 0)
+            fcntl.ioctl(listener, _SEND, answer)
 
 
 def _put_on_loopback(thread: int, _: int, address: int, length: int) -> None:
