@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import resource
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -431,3 +432,15 @@ def test_a_link_in_place_of_the_ledger_is_not_followed(path: Path, suffix: str) 
     link.symlink_to(mine)
     with pytest.raises(ConfigError, match="symbolic link"):
         Ledger(path, run_id="r")
+
+
+def test_a_journal_that_names_another_file_does_not_delete_it(path: Path) -> None:
+    Ledger(path, run_id="r").close()
+    precious = path.with_name("precious")
+    precious.write_text("kept")
+    named, magic = str(precious).encode(), bytes.fromhex("d9d505f920a163d7")  # what begins and ends SQLite's journals
+    header = magic + struct.pack(">5I", 0, 0, path.stat().st_size // 4096, 512, 4096)
+    end = struct.pack(">I", 0x40000000 // 4096 + 1) + named + struct.pack(">2I", len(named), sum(named)) + magic
+    path.with_name(f"{path.name}-journal").write_bytes(header.ljust(512, b"\0") + end)
+    Ledger(path, run_id="r").close()
+    assert precious.read_text() == "kept"

@@ -22,7 +22,7 @@ _NAME = r"(?:pass(?:word|wd|phrase)?|pwd|secret|credentials?|(?:api|access|priva
 _NAMED = re.compile(rf"({_NAME}[\"']?\s*[:=]\s*)\S.*", re.IGNORECASE | re.DOTALL)
 _SECRET_KEY = re.compile(rf"(?:.*[_-])?{_NAME}", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?")
-_USER = re.compile(r"(\w[\w+.-]*://)[^\s'\"]*@")
+_WORD, _SCHEME_END = re.compile(r"\S+"), re.compile(":/+")  # one slash: a path that was made of an address
 _OPTION = re.compile(rf"([?&;][\w.-]*{_NAME}=)[^\s&;'\"]*", re.IGNORECASE)
 
 
@@ -76,13 +76,24 @@ def redact_message(message: str) -> str:
     """A whole message, in which a library may have quoted an address: without users, passwords and secret options."""
     if len(message) > _MESSAGE_CHARACTERS:
         message = message[:_MESSAGE_CHARACTERS] + HIDDEN
-    return _OPTION.sub(rf"\1{HIDDEN}", _USER.sub(rf"\1{HIDDEN}@", message))
+    return _OPTION.sub(rf"\1{HIDDEN}", _replace_users(message, f"{HIDDEN}@"))
+
+
+def _replace_users(text: str, other: str) -> str:
+    """What stands between ``://`` and the last ``@`` of a word, replaced; in time that grows with the text."""
+
+    def replaced(word: re.Match[str]) -> str:
+        before, at, after = word[0].rpartition("@")
+        scheme = _SCHEME_END.search(before) if at else None
+        return word[0] if scheme is None else f"{before[: scheme.end()]}{other}{after}"
+
+    return _WORD.sub(replaced, text)
 
 
 def without_secrets(value: Any) -> Any:
     """Settings as they may be kept in a file: no entry with a secret's name, no user and password in a URL."""
     if isinstance(value, str):
-        return _OPTION.sub("", _USER.sub(r"\1", value))
+        return _OPTION.sub("", _replace_users(value, ""))
     if isinstance(value, Mapping):
         return {key: without_secrets(item) for key, item in value.items() if not is_secret_name(str(key))}
     return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -54,7 +54,12 @@ def checksum(*fields: object) -> int:
 
 
 def refuse_planted(path: Path) -> None:
-    """:raises OSError: a link, or something else that is no file, stands where SQLite would write."""
+    """Also removes a rollback journal, which a ledger needs none of once it is begun: SQLite would delete whatever file
+    the journal names as its "super-journal".
+
+    :raises OSError: a link, or something else that is no file, stands where SQLite would write.
+    """
+    path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
     for suffix in ("", "-wal", "-shm"):
         file = path.with_name(path.name + suffix)
         if os.path.lexists(file):

@@ -9,7 +9,6 @@ Files written by transformers 4 (``rope_theta``, ``rope_scaling``, ``torch_dtype
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,7 +16,7 @@ from specforge_core import TargetEngineConfig
 from specforge_core.contracts import TargetError, TargetInfo
 from specforge_core.contracts.kinds import shorten
 
-from specforge_hf_target.model_files import locate_file, read_model_json
+from specforge_hf_target.model_files import local_directory, locate_file, read_model_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Json = Mapping[str, Any]
@@ -48,7 +47,7 @@ class HfTargetConfig(TargetEngineConfig):
             asked["trust_remote_code"] = f"run Python code that came with its target {self.path}"
         if self.attn_implementation is not None and "/" in self.attn_implementation:
             asked["attn_implementation"] = f"run {self.attn_implementation}, code from the hub"
-        if not Path(self.path).expanduser().is_dir():
+        if not local_directory(self.path).is_dir():
             asked["path"] = f"fetch {self.path} from the hub"
             if self.revision is not None:
                 asked["revision"] = f"use revision {self.revision} of it"

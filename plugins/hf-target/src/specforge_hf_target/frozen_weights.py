@@ -15,7 +15,7 @@ from specforge_core.contracts import EMBED_TOKENS, FINAL_NORM, LM_HEAD, TargetEr
 from specforge_core.contracts.kinds import shorten
 
 from specforge_hf_target.config import language_section
-from specforge_hf_target.model_files import locate_file, read_model_json
+from specforge_hf_target.model_files import local_directory, locate_file, read_model_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ def read_frozen_weights(config: HfTargetConfig, info: TargetInfo, names: Sequenc
         _check_meaning(name, language_section(settings), where)
         weight = files.read(name, shapes[name], tied=_is_tied(settings, where))
         weights[name] = weight.to(getattr(torch, info.dtype), copy=True)
-    if Path(config.path).expanduser().is_dir():  # of a model on the hub only the files asked for are fetched
+    if local_directory(config.path).is_dir():  # of a model on the hub only the files asked for are fetched
         _check_layer_sizes(info, count_weight_bytes(config), where)
     return weights
 

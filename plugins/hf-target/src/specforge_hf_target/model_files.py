@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,19 @@ _LONGEST_REASON = 300  # characters of a library's own words; one line on a wide
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def local_directory(model: str) -> Path:
+    """Where a model is if it is a directory; ``~user`` of a user who is not there means itself."""
+    with suppress(RuntimeError):
+        return Path(model).expanduser()
+    return Path(model)
+
+
 def locate_file(model: str, name: str, *, revision: str | None = None) -> Path | None:
     """The local path of one of a model's files, downloaded if the model is a hub id; None if it has no such file.
 
     :raises TargetError: there is no such model, or the hub cannot be reached.
     """
-    directory = Path(model).expanduser()
+    directory = local_directory(model)
     if directory.is_dir():
         path = directory / name
         return path if path.is_file() else None
@@ -53,7 +60,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
 
 def check_text_files(model: str) -> None:
     """:raises TargetError: a text file in a model's directory is so long that reading it would take the machine."""
-    directory = Path(model).expanduser()
+    directory = local_directory(model)
     for path in directory.iterdir() if directory.is_dir() else ():
         if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
             raise TargetError(f"is longer than {MAX_TEXT_BYTES} bytes", where=str(path), hint=_COPY_AGAIN)
