@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_distributions import install_strategy, install_target
+from fake_distributions import STRATEGY, install_strategy, install_target
 from specforge_core.config.load import load_run_config
 
 SECONDS = 120
@@ -184,6 +184,41 @@ def test_a_plugin_that_ends_the_process_is_a_message(site: Path, ending: str) ->
     checked = specforge(site, "plugins", "check", "shattered")
     assert checked.returncode == 1
     assert "broken" in checked.stdout
+
+
+def test_a_plugin_that_leaves_while_its_settings_are_read_is_a_message(site: Path) -> None:
+    leaving = STRATEGY.replace("layers: tuple[int, ...] = (0,)", "layers: tuple = Field(default_factory=sys.exit)")
+    install_broken(site, "import sys\nfrom pydantic import Field\n" + leaving.replace("{name}", "shattered"))
+    install_target(site, "plain-target", "fake")
+    write_run(site, strategy={"name": "shattered"})
+    for arguments in (["plan", "run.yaml"], ["run", "run.yaml"], ["plugins", "show", "shattered"]):
+        ended = specforge(site, *arguments)
+        assert ended.returncode == 2
+        assert "a plugin called sys.exit(None) before the command was done" in ended.stderr
+
+
+@pytest.mark.parametrize("key", ["run.directory", "run.token_file", "data.train", "data.features"])
+def test_a_path_that_no_file_can_have_is_a_message(site: Path, key: str) -> None:
+    install_strategy(site, "plain-strategy", "fancy")
+    install_target(site, "plain-target", "fake")
+    write_run(site)
+    name = "x" * 5000
+    ended = specforge(site, "plan", "run.yaml", f"{key}={f'[{name}]' if key == 'data.train' else name}")
+    assert ended.returncode == 2
+    assert "File name too long" in ended.stderr
+    assert len(ended.stderr) < 1000
+    assert specforge(site, "plan", name).returncode == 2
+
+
+def test_no_module_of_the_current_directory_is_imported(site: Path) -> None:
+    install_strategy(site, "plain-strategy", "fancy")
+    for module in ("torch", "json", "specforge_core"):
+        (site.parent / f"{module}.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    program = ["-P", "-m", "specforge_core.cli.main"]
+    for arguments in (["doctor"], ["plugins", "check"]):
+        environment = {**os.environ, "PYTHONPATH": python_path(site)}
+        subprocess.run([sys.executable, *program, *arguments], cwd=site.parent, env=environment, check=False)
+        assert not (site.parent / "ran").exists()
 
 
 def test_ctrl_c_while_a_plugin_loads_ends_the_command(site: Path) -> None:

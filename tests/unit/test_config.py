@@ -78,6 +78,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
         ("  epochs: many\n", "training.epochs (line 9)", "valid integer"),
         ("store: memory\n", "store (line 9)", "like store: {name: memory}"),
         ("topology: sideways\n", "topology (line 9)", "'offline', 'colocated'"),
+        ("  threads: 1000000\n", "training.threads (line 9)", "less than or equal to 1024"),
         ("1: 2\n", "line 9", "string"),
     ],
 )

@@ -324,6 +324,11 @@ def test_a_device_that_is_not_there(qwen3: Path) -> None:
         make_engine(qwen3, device="cuda:77").health()
 
 
+def test_the_home_of_nobody_is_refused() -> None:
+    with pytest.raises(TargetError, match="cannot be looked at: Could not determine home directory"):
+        HfTargetConfig(name="hf", path="~no-such-user/model").describe()
+
+
 def test_hub_id_while_offline() -> None:
     with pytest.raises(TargetError, match="neither from the hub nor"):
         make_engine(Path("nobody/nothing")).info  # noqa: B018

@@ -60,7 +60,8 @@ def test_what_widens_trust_is_asked_for_again(tiny_model, tmp_path, state, key: 
     part = {"name": "file"} if section in ("store", "channel") else {}
     run = make_run(tiny_model, tmp_path / "run", **{section: {**part, name: value}})
     got = shutil.copytree(run, tmp_path / "got")
-    for named in (got, got / "config.yaml", got / ".." / "got"):
+    (tmp_path / "r.yaml").symlink_to("got/config.yaml")
+    for named in (got, got / "config.yaml", got / ".." / "got", tmp_path / "r.yaml"):
         with pytest.raises(PlanError, match=what) as caught:
             plan(named)
         assert f"say {key}=" in str(caught.value)

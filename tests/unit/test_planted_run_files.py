@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from specforge_core.contracts import SpecForgeError, StopSignal
+from specforge_core.contracts import DataError, SpecForgeError, StopSignal
 from specforge_core.run.directory import RunDirectory, write_json
 from specforge_core.run.supervisor import Half, supervise
 from specforge_core.training.metrics_log import MetricsLog
@@ -32,6 +32,13 @@ def log(root: Path) -> None:
 def supervised(root: Path) -> None:
     halves = [Half(name="train", command=["true"]), Half(name="capture-0", command=["echo", "written"])]
     supervise(halves, main="train", logs=root / "logs", stop=StopSignal(), restarts=0, grace_seconds=5)
+
+
+def test_a_log_that_claims_a_terabyte_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "metrics.jsonl").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="longer than"):
+        log(tmp_path)
 
 
 @pytest.mark.parametrize(

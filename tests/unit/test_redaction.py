@@ -61,6 +61,20 @@ def test_messages_lose_passwords_and_keep_the_rest() -> None:
     assert redact_message(message) == "open 'redis://…@h:1/0' failed: http://h/?token=…&x=1 mail a@b"
 
 
+@pytest.mark.parametrize("address", [f"https:/u:{SECRET}@h/x does not exist", f"redis://u:it's{SECRET}@h"])
+def test_a_message_loses_the_password_of_an_address_that_is_no_good_one(address: str) -> None:
+    assert SECRET not in redact_message(address)
+    assert SECRET not in without_secrets(address)
+
+
+@pytest.mark.parametrize("piece", ["a", "a:/", "?a", "token", "a.b-", "@"])
+def test_a_long_message_is_redacted_at_once(piece: str) -> None:
+    began = time.monotonic()
+    redact_message(piece * 100_000)
+    without_secrets(piece * 100_000)
+    assert time.monotonic() - began < 1
+
+
 def test_what_is_kept_connects_as_before_without_the_password() -> None:
     assert without_secrets([f"redis://u:{SECRET}@h:1/0?db=1&password={SECRET}"]) == ["redis://h:1/0?db=1"]
 

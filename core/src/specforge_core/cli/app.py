@@ -16,7 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from specforge_core.cli.environment import disabled_by_environment
-from specforge_core.contracts.redaction import redact_message
+from specforge_core.contracts.errors import PluginError
+from specforge_core.contracts.redaction import redact_message, show_value
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("init_command", "Write a commented run file for what is installed."),
@@ -75,8 +76,14 @@ class LazyCommands(TyperGroup):
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
-        with _without_secrets():
-            return super().invoke(ctx)
+        try:
+            with _without_secrets():
+                return super().invoke(ctx)
+        except SystemExit as left:  # no command of ours does that: they raise typer.Exit
+            raise PluginError(
+                f"a plugin called sys.exit({show_value(left.code)}) before the command was done",
+                hint="`specforge plugins` lists what is installed, `specforge plugins check` tries each",
+            ) from left
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)

@@ -78,7 +78,11 @@ def examine(registry: PluginRegistry) -> dict[str, Any]:
 def _probe_torch() -> dict[str, Any]:
     try:
         child = subprocess.run(
-            [sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False
+            [sys.executable, "-P", "-c", _TORCH_PROBE],
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_SECONDS,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"problem": f"did not import within {_PROBE_SECONDS:g} s"}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from specforge_core.contracts.redaction import redact_message, visible
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+_UNUSABLE_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
+"""A path that somebody wrote somewhere, and nothing can even be asked about."""
+_SHOWN_CHARACTERS = 200
 
 
 def _list_plugins_at_once(*, as_json: bool) -> None:
@@ -39,6 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(EXIT_INTERRUPTED)
     except SpecForgeError as error:
         sys.stderr.write(f"{format_error(error)}\n")
+        sys.exit(EXIT_ERROR)
+    except OSError as error:
+        if error.errno not in _UNUSABLE_NAME or error.filename is None:
+            raise
+        sys.stderr.write(f"{redact_message(f'error: {str(error.filename)[:_SHOWN_CHARACTERS]}: {error.strerror}')}\n")
         sys.exit(EXIT_ERROR)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -61,7 +61,7 @@ def _check_entry(entry: PluginEntry, among: Sequence[PluginEntry], deadline: flo
         return CheckedPlugin(entry)
     siblings = [other for other in among if other.value == entry.value and other != entry]
     question = json.dumps({"entries": [asdict(item) for item in (entry, *siblings)], "contract": contract})
-    command = [sys.executable, "-m", "specforge_core.cli.plugin_check"]
+    command = [sys.executable, "-P", "-m", "specforge_core.cli.plugin_check"]
     try:
         child = subprocess.run(command, input=question, capture_output=True, text=True, timeout=deadline, check=False)
     except subprocess.TimeoutExpired:

@@ -107,7 +107,7 @@ def _supervise(registry: PluginRegistry, plan: Plan, run: str, *, overrides: Seq
     from specforge_core.run.supervisor import Half, supervise
 
     directory, stop = RunDirectory.of(plan.config), StopSignal()
-    program = [sys.executable, "-m", "specforge_core.cli.main"]
+    program = [sys.executable, "-P", "-m", "specforge_core.cli.main"]  # -P: nothing is imported from here
     for entry in registry.entries():
         if entry.status == "disabled":
             program += ["--no-plugin", f"{entry.kind}:{entry.name}"]

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from specforge_core.cli.progress import show_progress
 from specforge_core.config.plan import Plan, compose
-from specforge_core.contracts import PluginError, StopSignal
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts import StopSignal
 from specforge_core.hooks.manager import PluginRegistry
 
 if TYPE_CHECKING:
@@ -65,10 +64,5 @@ def open_plan(plan: Plan, registry: PluginRegistry, *, threads_of: str = "traini
         run = Run(plan, stop=stop, progress=display.half, observers=[observer])
         try:
             yield run
-        except SystemExit as left:
-            raise PluginError(
-                f"a part of the run called sys.exit({show_value(left.code)}) before the run was over",
-                hint="`specforge plan` lists the parts and the distributions that they come from",
-            ) from left
         finally:
             run.close()

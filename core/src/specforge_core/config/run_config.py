@@ -45,11 +45,17 @@ class DataSection(Section):
     )
 
 
+MAX_THREADS = 1024
+"""More than a machine has cores. Torch crashes on what the system cannot start, and a run file may be anybody's."""
+
+
 class CaptureSection(Section):
     """How features are captured and how far capture may run ahead of training."""
 
     batch_size: int = Field(8, ge=1, description="prompts per prefill")
-    processes: int = Field(1, ge=1, description="capture processes that `specforge run` of a disaggregated run starts")
+    processes: int = Field(
+        1, ge=1, le=MAX_THREADS, description="capture processes that `specforge run` of a disaggregated run starts"
+    )
     max_attempts: int = Field(
         3,
         ge=1,
@@ -62,7 +68,9 @@ class CaptureSection(Section):
     high_watermark_bytes: int | None = Field(
         None, ge=1, description="online: also stop at so many bytes of features, those kept for a checkpoint included"
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the capture process; default: torch's choice")
+    threads: int | None = Field(
+        None, ge=1, le=MAX_THREADS, description="CPU threads of the capture process; default: torch's choice"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> CaptureSection:
@@ -85,7 +93,9 @@ class TrainingSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the draft; masters are always float32")
     device: str = Field("cpu", description="cpu, cuda or cuda:N")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the train process; default: torch's choice")
+    threads: int | None = Field(
+        None, ge=1, le=MAX_THREADS, description="CPU threads of the train process; default: torch's choice"
+    )
 
 
 class LoadingSection(Section):
@@ -124,7 +134,9 @@ class BenchSection(Section):
         None, ge=1, description="cut prompts to so many tokens; default: everything before the first trained token"
     )
     draft_tokens: int | None = Field(None, ge=1, description="proposed per target pass; default: the drafter's most")
-    threads: int | None = Field(None, ge=1, description="CPU threads while decoding; default: training.threads")
+    threads: int | None = Field(
+        None, ge=1, le=MAX_THREADS, description="CPU threads while decoding; default: training.threads"
+    )
 
 
 class RunConfig(Section):

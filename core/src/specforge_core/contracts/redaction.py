@@ -22,7 +22,7 @@ _NAME = r"(?:pass(?:word|wd|phrase)?|pwd|secret|credentials?|(?:api|access|priva
 _NAMED = re.compile(rf"({_NAME}[\"']?\s*[:=]\s*)\S.*", re.IGNORECASE | re.DOTALL)
 _SECRET_KEY = re.compile(rf"(?:.*[_-])?{_NAME}", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?:[\w.-]*|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?")
-_WORD = re.compile(r"[^\s'\"]+")
+_WORD, _SCHEME_END = re.compile(r"\S+"), re.compile(":/+")  # one slash: a path that was made of an address
 _OPTION = re.compile(rf"([?&;][\w.-]*{_NAME}=)[^\s&;'\"]*", re.IGNORECASE)
 
 
@@ -84,6 +84,17 @@ def visible(message: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in message)
 
 
+def _replace_users(text: str, other: str) -> str:
+    """What stands between ``://`` and the last ``@`` of a word, replaced; in time that grows with the text."""
+
+    def replaced(word: re.Match[str]) -> str:
+        before, at, after = word[0].rpartition("@")
+        scheme = _SCHEME_END.search(before) if at else None
+        return word[0] if scheme is None else f"{before[: scheme.end()]}{other}{after}"
+
+    return _WORD.sub(replaced, text)
+
+
 def without_secrets(value: Any) -> Any:
     """Settings as they may be kept in a file: no entry with a secret's name, no user and password in a URL."""
     if isinstance(value, str):
@@ -91,15 +102,3 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_secrets(item) for key, item in value.items() if not is_secret_name(str(key))}
     return [without_secrets(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _replace_users(text: str, shown: str) -> str:
-    """What stands between ``://`` and the last ``@`` of a word becomes ``shown``. One pattern that says so takes time
-    that grows with the square of a word's length."""
-
-    def replace(word: re.Match[str]) -> str:
-        before, _, after = word[0].rpartition("@")
-        scheme, separator, _ = before.partition("://")
-        return f"{scheme}{separator}{shown}{after}" if separator else word[0]
-
-    return _WORD.sub(replace, text)

@@ -102,12 +102,16 @@ def open_ledger_file(path: Path, *, run_id: str) -> sqlite3.Connection:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
         if is_new:
-            with db:
-                for statement in ("BEGIN IMMEDIATE", *_SCHEMA):
-                    db.execute(statement)
-                db.execute("INSERT INTO run VALUES (?)", (run_id,))
+            _make(db, run_id)
         opened.pop_all()
         return db
+
+
+def _make(db: sqlite3.Connection, run_id: str) -> None:
+    with db:
+        for statement in ("BEGIN IMMEDIATE", *_SCHEMA):
+            db.execute(statement)
+        db.execute("INSERT INTO run VALUES (?)", (run_id,))
 
 
 def _check_files(path: Path) -> None:

@@ -35,8 +35,11 @@ def load_run(run: Path, overrides: Sequence[str]) -> LoadedConfig:
     :raises ConfigError: a run file that is wrong, or a received directory that leads elsewhere.
     """
     path = run_file_of(run)
-    if not run.is_dir() and not _lies_in_run(path):
-        return load_run_config(path, overrides)
+    if not run.is_dir():
+        itself = Path(os.path.realpath(path))  # a link elsewhere that leads into a run directory names it as well
+        if not _lies_in_run(itself):
+            return load_run_config(path, overrides)
+        path = itself
     try:
         content = read_bytes(path, limit=MAX_BYTES)
     except OSError as error:

@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError, simulated_acceptance_length
-from specforge_core.contracts.files import open_regular, parse_json, replace_file
+from specforge_core.contracts.files import open_regular, parse_json, read_bytes, replace_file
 
 if TYPE_CHECKING:
     from specforge_core.training.evaluator import Evaluation
     from specforge_core.training.observers import Outcome
     from specforge_core.training.window_step import WindowResult
+
+
+_MOST_BYTES = 256 << 20
+"""Of a log that is gone on with: a million steps. A file of nothing but a length would take the machine's memory."""
 
 
 def window_values(result: WindowResult) -> dict[str, float]:
@@ -99,8 +103,7 @@ def _keep_steps(path: Path, step: int) -> None:
     """Drop lines after ``step`` and lines that are not whole."""
     if not path.exists():
         return
-    with open(open_regular(path, os.O_RDONLY), "rb") as file:
-        lines = file.readlines()
+    lines = read_bytes(path, limit=_MOST_BYTES).splitlines(keepends=True)
     kept = [line for line in lines if (at := _step_of(line)) is not None and at <= step]
     if kept != lines:
         replace_file(path, b"".join(kept))

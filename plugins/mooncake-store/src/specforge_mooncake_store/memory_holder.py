@@ -32,7 +32,7 @@ class MemoryHolder:
         self._control, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", __name__, master, str(memory), str(theirs.fileno())],
+                [sys.executable, "-P", "-m", __name__, master, str(memory), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field, PlainSerializer, field_validator
 from specforge_core import RefChannelConfig
 
-_LOCAL = "redis://127.0.0.1:6379/0"
 _SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -24,7 +23,7 @@ class RedisChannelConfig(RefChannelConfig):
     """Refs over Redis Streams."""
 
     url: Annotated[str, PlainSerializer(without_secrets)] = Field(
-        _LOCAL,
+        "redis://127.0.0.1:6379/0",
         repr=False,
         description="redis://, rediss:// (TLS) or unix://; with [user:password@], database, and options after '?'",
     )
@@ -34,8 +33,6 @@ class RedisChannelConfig(RefChannelConfig):
     reconnect_seconds: float = Field(60.0, ge=0, description="how long a lost connection is tried again")
 
     def widens_trust(self) -> Mapping[str, str]:
-        if self.url == _LOCAL:
-            return {}
         return {"url": f"connect to {without_secrets(self.url)}"}
 
     @field_validator("url")
