@@ -170,3 +170,31 @@ def test_schema_holds_installed_sections(registry: PluginRegistry) -> None:
 def test_a_store_that_dies_with_its_process_keeps_nothing_for_a_checkpoint(registry: PluginRegistry) -> None:
     with pytest.raises(PlanError, match=r"loading\.retain.*'memory' ends with its process"):
         plan(registry, topology="colocated", loading={"retain": "checkpoint"})
+
+
+FAILING_PLACES = {
+    "model_post_init": (
+        "strategy",
+        "    def capture",
+        "    def model_post_init(self, _):\n        FAIL\n\n    def capture",
+    ),
+    "capture_request": ("strategy", "capture_request(self, info):", "capture_request(self, info):\n        FAIL"),
+    "describe": ("target", "describe(self):", "describe(self):\n        FAIL"),
+}
+
+
+@pytest.mark.parametrize("failure", ["1 / 0", "raise SystemExit(0)", "raise KeyboardInterrupt"])
+@pytest.mark.parametrize("place", list(FAILING_PLACES))
+def test_settings_code_that_fails_is_its_distributions(tmp_path, monkeypatch, place: str, failure: str) -> None:
+    part, before, after = FAILING_PLACES[place]
+    unique = f"{place}-{len(failure)}".replace("_", "-")
+    install_strategy(tmp_path / "site", f"{unique}-strategy", "fancy")
+    install_target(tmp_path / "site", f"{unique}-target", "fake")
+    module = tmp_path / "site" / f"{unique}-{part}.py".replace("-", "_")
+    module.write_text(module.read_text().replace(before, after.replace("FAIL", failure)))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (problem,) = mismatches(PluginRegistry.discover())
+    assert f"{unique}-{part} failed on these settings" in problem
+    assert "run.yaml" in problem

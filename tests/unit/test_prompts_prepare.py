@@ -85,6 +85,13 @@ def test_prompts_that_train_nothing_are_dropped_and_counted_and_long_ones_cut(tm
     assert len(prepare([source], tmp_path / "set", max_prompts=1)) == 1
 
 
+def test_a_line_without_end_is_refused_before_the_rest_is_read(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", TOKENS, TOKENS)
+    os.truncate(source, 1 << 40)  # a terabyte of nothing takes no room, and half an hour to read
+    with pytest.raises(DataError, match=r"a\.jsonl:3: is longer than"):
+        prepare([source], tmp_path / "set")
+
+
 def test_reopening_is_instant_and_follows_contents_and_settings(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", TOKENS, TOKENS)
     first = prepare([source], tmp_path / "set")

@@ -7,7 +7,9 @@ compared; here the parts are resolved and everything that does not fit is report
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -32,7 +34,10 @@ from specforge_core.hooks.descriptors import (
     TargetEngineSpec,
 )
 from specforge_core.hooks.discovery import Kind
+from specforge_core.hooks.foreign import foreign_code
 from specforge_core.hooks.manager import PluginRegistry
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,27 +228,43 @@ class _Resolver:
             return
         self.specs[key] = spec
         self.chosen.append((kind, name))
-        section, problems = validate_section(spec.config, values, locate=self._loaded.locate, keys=(key,))
-        self.problems += [f"{where}: {what}" for where, what in problems]
-        if section is not None:
-            self.sections[key] = section
+        with self._settings_code(key, kind, name):
+            section, problems = validate_section(spec.config, values, locate=self._loaded.locate, keys=(key,))
+            self.problems += [f"{where}: {what}" for where, what in problems]
+            if section is not None:
+                self.sections[key] = section
 
     def describe_target(self) -> TargetInfo | None:
         section = self.sections.get("target")
         if section is None:
             return None
-        try:
+        with self._settings_code("target", "target-engine", section.name):
             return cast(TargetEngineConfig, section).describe()
-        except SpecForgeError as error:
-            self.problems.append(f"{self._loaded.locate(('target',))}: {error}")
-            return None
+        return None
 
     def request_capture(self, info: TargetInfo | None) -> CaptureRequest | None:
         section = self.sections.get("strategy")
         if section is None or info is None:
             return None
-        try:
+        with self._settings_code("strategy", "strategy", section.name):
             return cast(StrategyConfig, section).capture_request(info)
-        except SpecForgeError as error:
-            self.problems.append(f"{self._loaded.locate(('strategy',))}: {error}")
-            return None
+        return None
+
+    @contextmanager
+    def _settings_code(self, key: str, kind: Kind, name: str) -> Iterator[None]:
+        """While a plugin's code looks at its settings: what it refuses is a problem, and so is what it fails with."""
+        where = self._loaded.locate((key,))
+        distribution = self._registry.choose(kind, name).distribution
+
+        def broken(said: str) -> PluginError:
+            return PluginError(f"{distribution} failed on these settings: {said}", hint=f"report it to {distribution}")
+
+        try:
+            with foreign_code(broken):
+                try:
+                    yield
+                except SpecForgeError as error:
+                    self.problems.append(f"{where}: {error}")
+        except PluginError as error:
+            _log.debug("%s", error, exc_info=True)
+            self.problems.append(f"{where}: {error}")

@@ -20,7 +20,7 @@ from specforge_core.prompts.loss_mask import ConversationEncoder
 from specforge_core.prompts.prompt_manifest import DamagedPrompts, read_manifest
 from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.prompts.prompt_writer import PromptSetWriter, remove_leftovers
-from specforge_core.prompts.reader import SourceRow, read_rows
+from specforge_core.prompts.reader import SourceRow, read_lines, read_rows
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection
@@ -156,9 +156,21 @@ def _describe_source(source: Path, known: Mapping[str, Mapping[str, Any]]) -> di
         return dict(before)
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(_digest_lines(path) if source.is_file() else _digest_file(path))
     return {"path": str(source.absolute()), "name": source.name, "files": stats, "sha256": digest.hexdigest()}
+
+
+def _digest_lines(path: Path) -> bytes:
+    """As ``_digest_file``; a file whose first lines have no end is refused there, however long it is."""
+    digest = hashlib.sha256()
+    for _, line in read_lines(path):
+        digest.update(line)
+    return digest.digest()
+
+
+def _digest_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _known_sources(directory: Path) -> dict[str, Mapping[str, Any]]:

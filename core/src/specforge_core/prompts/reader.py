@@ -107,6 +107,16 @@ def _contents(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, _parse_line(line, f"{path}:{number}")
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file and their numbers, from 1.
+
+    :raises DataError: it cannot be read, or a line is longer than a row may be.
+    """
     try:
         file = path.open("rb")
     except OSError as error:
@@ -115,11 +125,9 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         number = 0
         while line := file.readline(MAX_ROW_BYTES + 1):
             number += 1
-            where = f"{path}:{number}"
             if len(line) > MAX_ROW_BYTES:
-                raise _too_long(where)
-            if line.strip():
-                yield number, _parse_line(line, where)
+                raise _too_long(f"{path}:{number}")
+            yield number, line
 
 
 def _too_long(where: str) -> DataError:
