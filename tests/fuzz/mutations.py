@@ -95,7 +95,7 @@ def change_json_text(content: bytes, chance: Random) -> bytes:
     for number in [-1] if whole else chance.sample(range(len(lines)), min(3, len(lines))):
         try:
             changed = json.dumps(change_json(json.loads(content if number < 0 else lines[number]), chance)).encode()
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON (any more), or an earlier change nested it too deeply
             continue
         return changed if number < 0 else b"\n".join([*lines[:number], changed, *lines[number + 1 :]])
     return flip_a_bit(content, chance)

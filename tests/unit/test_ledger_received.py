@@ -126,7 +126,7 @@ def test_no_altered_bit_of_the_log_a_kill_left_alters_more_than_the_last_event(p
             refused += 1
             assert path.with_name("ledger.sqlite-wal").read_bytes() == wal, "it is left as it was"
     assert refused > 90
-    for size in range(0, len(whole), 997):  # torn at any place it is what was recorded up to there
+    for size in range(0, len(whole), 4999):  # torn at any place it is what was recorded up to there
         answers(whole[:size])
 
 
@@ -190,7 +190,13 @@ def _master(old: str, new: str) -> Callable[[Path], None]:
     return act
 
 
+def _bytes(old: bytes, new: bytes) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(path.read_bytes().replace(old, new)) and None
+
+
 SCHEMAS = {
+    "a column that is no text": _bytes(b"deals (sample_id, step)", b"deals (sample_i\xe4, step)"),
+    "a name that is no text": _bytes(b"indexlive_samples", b"indexlive_sampl\xe4s"),
     "a trigger": _sql("CREATE TRIGGER t AFTER INSERT ON samples BEGIN DELETE FROM deals; END"),
     "a view": _sql("DROP TABLE run", "CREATE VIEW run AS SELECT 'run' AS run_id"),
     "a table more": _sql("CREATE TABLE more (a)"),
@@ -252,6 +258,12 @@ ROWS: dict[str, Callable[[Path], None]] = {
     "layout: a blob": _layout(b"[]"),
     "layout: missing": _sql("DELETE FROM layouts"),
     "layout: another number": _sql("UPDATE layouts SET number = 7"),
+    "layout: twice": _with(
+        lambda db: db.execute(
+            "INSERT INTO layouts SELECT 1, layout, ? FROM layouts",
+            (checksum_of(1, db.execute("SELECT layout FROM layouts").fetchone()[0]),),
+        )
+    ),
     "layout: far away": _with(
         lambda db: db.execute(
             "INSERT INTO layouts SELECT 1 << 62, layout, ? FROM layouts LIMIT 1",

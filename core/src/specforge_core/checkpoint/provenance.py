@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
+
+from specforge_core.contracts.redaction import show_value
 
 MAY_DIFFER = (
     "machine",  # host, processor, versions of Python and torch: results may differ in rounding
@@ -31,32 +34,34 @@ Another micro-batch, capture batch, thread count or device adds numbers up in an
 same to rounding, not to the bit.
 """
 
-_ABSENT = "nothing"
+_ABSENT: Any = object()
+_MOST_DIFFERENCES = 100
+_MOST_CHARACTERS = 100
+"""Of one part of a key that is shown: a checkpoint that was handed over may have keys of any length."""
 
 
 def find_differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Every key that differs and may not, with both values."""
-    then, now = _flatten(recorded), _flatten(current)
-    return [
-        f"{key}: the checkpoint has {_shown(then, key)}, this run has {_shown(now, key)}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key, _ABSENT) != now.get(key, _ABSENT) and not _may_differ(key)
-    ]
+    """The keys that differ and may not, with both values; of more than a hundred, the first hundred."""
+    found = list(islice(_differences(recorded, current, ""), _MOST_DIFFERENCES + 1))
+    return found if len(found) <= _MOST_DIFFERENCES else [*found[:_MOST_DIFFERENCES], "and more"]
 
 
-def _may_differ(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in MAY_DIFFER)
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    for key in sorted(then.keys() | now.keys()):
+        name = f"{prefix}{key[:_MOST_CHARACTERS]}"
+        if any(name == free or name.startswith(free + ".") for free in MAY_DIFFER):
+            continue
+        old, new = then.get(key, _ABSENT), now.get(key, _ABSENT)
+        sections = [value for value in (old, new) if isinstance(value, Mapping)]
+        if len(sections) == 2 or (sections and _ABSENT in (old, new)):
+            yield from _differences(old if old is not _ABSENT else {}, new if new is not _ABSENT else {}, f"{name}.")
+        elif _as_json(old) != _as_json(new):
+            yield f"{name}: the checkpoint has {_shown(old)}, this run has {_shown(new)}"
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else _ABSENT
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat |= _flatten(item, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(item) if isinstance(item, tuple) else item
-    return flat
+def _shown(value: Any) -> str:
+    return "nothing" if value is _ABSENT else show_value(value)

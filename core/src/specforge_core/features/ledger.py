@@ -84,8 +84,10 @@ class Ledger:
             opened.callback(self._db.close)
             for number, layout, _ in self._rows(LAYOUT, f"SELECT {LAYOUT.columns} FROM layouts ORDER BY number", ()):
                 self._add_layout(number, layout)
+            self._encoder = RefEncoder(self._decoder.layouts)
+            if len(self._encoder.layouts) != len(self._decoder.layouts):
+                raise damaged(path, "a layout is recorded twice")
             opened.pop_all()
-        self._encoder = RefEncoder(self._decoder.layouts)
 
     def _add_layout(self, number: int, layout: str) -> None:
         if number != len(self._decoder.layouts):

@@ -213,6 +213,8 @@ def refusals(path: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
             raise
         raise _refusal(error, path) from error
+    except UnicodeDecodeError as error:  # SQLite's message quotes what is not text
+        raise damaged(path, f"its schema is not UTF-8: {error.object!r:.200}") from error
 
 
 _OF_DAMAGED_FILES = {
