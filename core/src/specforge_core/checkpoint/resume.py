@@ -47,7 +47,7 @@ class CheckpointReader:
     def resume(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
         """Fill ``tensors`` in place from the latest checkpoint and return its progress; None where there is none.
 
-        :raises CheckpointError: it is damaged, of another run (every difference is listed) or of another draft.
+        :raises CheckpointError: it is damaged, of another run (with the differences) or of another draft.
         """
         latest = find_latest(self.directory)
         if latest is None:
