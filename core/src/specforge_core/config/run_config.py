@@ -7,6 +7,7 @@ against the chosen plugin's own section by ``config.plan``.
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +38,24 @@ class DataSection(Section):
 
     train: list[Path] = Field(min_length=1, description="JSONL files, or Hugging Face datasets on disk")
     eval: list[Path] = Field(default=[], description="held-out prompts; captured once and kept")
+    mapping: dict[str, str] = Field(
+        default={}, description="the rows' own keys for what is read of them, such as {messages: dialogue, tools: apis}"
+    )
     max_length: int = Field(2048, ge=2, description="tokens per prompt; longer ones are cut at the right")
+    samples: Literal["conversation", "turn"] = Field(
+        "conversation", description="turn: one sample per answer, for templates that rewrite what came before"
+    )
     last_turn_only: bool = Field(False, description="train the last assistant turn of a conversation only")
     max_prompts: int | None = Field(None, ge=1, description="use only the first so many training prompts")
+    template_arguments: dict[str, Any] = Field(
+        default={}, description="variables of the chat template, such as {enable_thinking: false}"
+    )
+    date: datetime.date = Field(
+        datetime.date(2026, 1, 1), description="today's date, for chat templates that write it into the prompt"
+    )
+    on_bad_row: Literal["stop", "skip"] = Field("stop", description="what a row that cannot be used does to the run")
+    max_bad_rows: int = Field(1000, ge=1, description="on_bad_row: skip: rows skipped before the run is stopped anyway")
+    workers: int = Field(1, ge=1, le=256, description="processes that prepare prompts")
     features: Path | None = Field(
         None, description="offline feature directory; default: features/ inside the run directory"
     )

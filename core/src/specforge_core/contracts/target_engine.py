@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import datetime
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from specforge_core.contracts.decoding import TargetDecoder
 from specforge_core.contracts.errors import TargetError
@@ -98,29 +99,57 @@ class EncodedText:
     offsets: Sequence[tuple[int, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class RenderedText:
+    """A conversation as text.
+
+    :param marked: character spans [start, end) that the template itself marks as the assistant's; None if it marks none.
+    """
+
+    text: str
+    marked: Sequence[tuple[int, int]] | None = None
+
+
 class ChatTokenizer(Protocol):
-    """The target's tokenizer, as far as preparing prompts needs it."""
+    """The target's tokenizer and chat template, as far as preparing prompts needs them."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the same text could encode differently."""
+        """Changes whenever the same conversation could encode differently."""
         ...
 
     @property
     def special_token_ids(self) -> frozenset[int]: ...
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """The chat template applied to ``[{role, content}, …]``, as text."""
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """What ends an answer when the target is served: its generation config's end tokens, or the tokenizer's."""
+        ...
+
+    @property
+    def template(self) -> str:
+        """The chat template's source; "" where there is none."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ) -> RenderedText:
+        """The chat template applied to a conversation.
+
+        :param arguments: further variables of the template.
+        :param date: what the template is told today is; default: the machine's date.
+        :raises DataError: the template refuses the conversation, or fails on it, however that may be.
+        """
         ...
 
     def encode(self, text: str) -> EncodedText:
         """Encode rendered text as it stands; no special tokens are added."""
-        ...
-
-    def encode_with_assistant_mask(
-        self, messages: Sequence[Mapping[str, str]]
-    ) -> tuple[Sequence[int], Sequence[int]] | None:
-        """Token ids and the template's own assistant mask, or None where the template does not mark it."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
