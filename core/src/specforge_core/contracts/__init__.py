@@ -65,6 +65,7 @@ from specforge_core.contracts.target_engine import (
     EncodedText,
     EngineCapabilities,
     FrozenSource,
+    RenderedText,
     TargetEngine,
 )
 
@@ -114,6 +115,7 @@ __all__ = [
     "RefChannel",
     "RefReader",
     "RefWriter",
+    "RenderedText",
     "RunMismatch",
     "RunStopped",
     "Sample",

@@ -103,7 +103,7 @@ class EncodedText:
 class RenderedText:
     """A conversation as text.
 
-    :param marked: character spans [start, end) that the template itself marks as the assistant's; None if it marks none.
+    :param marked: spans [start, end) of it that the template marks as the assistant's; None if it marks none.
     """
 
     text: str

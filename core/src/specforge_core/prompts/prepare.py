@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import ChatTokenizer, DataError, Progress, Prompt
+from specforge_core.prompts.conversation import Conversation
 from specforge_core.prompts.directory_lock import locked
-from specforge_core.prompts.loss_mask import ConversationEncoder
+from specforge_core.prompts.encoder import ConversationEncoder
 from specforge_core.prompts.prompt_manifest import DamagedPrompts, read_manifest
 from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.prompts.prompt_writer import PromptSetWriter, remove_leftovers
@@ -96,7 +97,8 @@ class _Preparation:
     def encode(self, row: SourceRow) -> Prompt | None:
         """The row as a prompt; None if no token of it is trained."""
         if row.messages:
-            input_ids, mask = self._conversation_encoder().encode(row.messages, where=row.where)
+            [encoded] = self._conversation_encoder().encode(Conversation(row.messages), where=row.where)
+            input_ids, mask = list(encoded.input_ids), list(encoded.loss_mask)
         else:
             input_ids = list(row.input_ids[: self._settings.max_length])
             mask = list(row.loss_mask[: self._settings.max_length])
@@ -116,9 +118,7 @@ class _Preparation:
         if self._encoder is None:
             tokenizer = self.make_tokenizer()
             self.tokenizer_fingerprint = tokenizer.fingerprint
-            self._encoder = ConversationEncoder(
-                tokenizer, max_length=self._settings.max_length, last_turn_only=self._settings.last_turn_only
-            )
+            self._encoder = ConversationEncoder(tokenizer, self._settings)
         return self._encoder
 
 
