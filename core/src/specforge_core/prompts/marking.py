@@ -86,8 +86,8 @@ class MarkedMessages:
         """A marked rendering without its marks, and where each text stands in it first, in order."""
         starts: dict[int, int] = {}
         ends: dict[int, int] = {}
-        pieces, last, removed = [], 0, 0
-        for found in MARKS.finditer(marked):
+        pieces, last = [], 0
+        for removed, found in enumerate(MARKS.finditer(marked)):
             position = found.start()
             pieces.append(marked[last:position])
             last = found.end()
@@ -96,7 +96,6 @@ class MarkedMessages:
                 ends.setdefault(number, position - removed)
             elif not closes:
                 starts.setdefault(number, position - removed)
-            removed += 1
         plain = "".join([*pieces, marked[last:]])
         places = [_place(plain, self.texts[n], starts[n], end) for n, end in ends.items() if n < len(self.texts)]
         return plain, sorted(places, key=lambda place: (place.start, place.end))
@@ -128,7 +127,7 @@ class MarkedMessages:
         return value
 
     def _mark_pieces(self, index: int, content: str) -> str:
-        """Content in pieces, between what the template looks for in it. What stands before an end of thinking is one."""
+        """Content in pieces, between what the template looks for in it; before an end of thinking it is a thought."""
         found = list(self._literals.finditer(content)) if self._literals else []
         if not found:
             return self._mark(index, Kind.CONTENT, content)
@@ -158,7 +157,8 @@ class MarkedMessages:
 
 
 def _place(plain: str, text: MarkedText, start: int, end: int) -> Place:
-    """Own whitespace belongs to a text where the template left it; where the template put the same there, it is as good."""
+    """A text with its own whitespace, where that stands beside it (the template may have trimmed it, and put the same
+    there itself; it makes no difference)."""
     start, end = start - text.inset, end + text.inset
     if text.before and plain.endswith(text.before, 0, start):
         start -= len(text.before)

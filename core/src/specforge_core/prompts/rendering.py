@@ -185,7 +185,7 @@ def _turn_calls(message: Message) -> Message:
 def _turn_call(call: Any) -> Any:
     if not isinstance(call, dict):
         return call
-    function = call.get("function") if isinstance(call.get("function"), dict) else call
+    function: dict[str, Any] = call["function"] if isinstance(call.get("function"), dict) else call
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:

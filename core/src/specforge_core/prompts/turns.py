@@ -21,9 +21,7 @@ from specforge_core.prompts.turn_ends import TurnEnds
 
 Span = tuple[int, int]
 
-_TAG = (
-    r"[<\[(|\u25c1]+\W*(?:\w+[:_-])?(?:begin|start|end)?[_-]?(?:of[_-])?(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
-)
+_TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
 _EMPTY_BLOCK = re.compile(rf"\s*(?:{_TAG}\s*)*{_TAG}\s*", re.IGNORECASE)
 _CLOSED = re.compile(r"/|end", re.IGNORECASE)
 
@@ -81,7 +79,7 @@ class TurnLocator:
             gap_end = body_end = min(others, default=len(rendering.text))
         following = min(others, default=len(rendering.text))
         gap = rendering.text[gap_start:gap_end]
-        prompt_length = self._prompt_length(rendering, index, anchor, gap, exact_after=after - gap_start)
+        prompt_length = self._prompt_length(rendering, index, anchor, gap, least=after - gap_start)
         if prompt_length is None:
             return Turn(index, None, max(after, body_end if own else gap_start), ended=False)
         start = gap_start + prompt_length
@@ -95,9 +93,12 @@ class TurnLocator:
         return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
 
     def _prompt_length(
-        self, rendering: Rendering, index: int, anchor: Place | None, gap: str, *, exact_after: int
+        self, rendering: Rendering, index: int, anchor: Place | None, gap: str, *, least: int
     ) -> int | None:
-        """How much of ``gap``, what follows the last text before an answer, its prompt would show."""
+        """How much of ``gap``, what follows the last text before an answer, its prompt would show.
+
+        :param least: the end of the turn before, in ``gap``.
+        """
         previous = rendering.messages[index - 1] if index else {}
         key = (
             *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
@@ -110,24 +111,19 @@ class TurnLocator:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
             shown = text[_end_of(anchor, places) :]
         except DataError:
-            text = shown = None
-        if shown is not None:
-            self._prompts[key] = shown
-            if gap.startswith(shown):
-                return len(shown)
-        return _prompt_within(gap, self._generation_prompt(rendering, index, text), least=exact_after)
+            return _prompt_within(gap, self._ends.header, least=least)
+        self._prompts[key] = shown
+        if gap.startswith(shown):
+            return len(shown)
+        return _prompt_within(gap, self._generation_prompt(rendering, index, text), least=least)
 
-    def _generation_prompt(self, rendering: Rendering, index: int, prompted: str | None) -> str:
+    def _generation_prompt(self, rendering: Rendering, index: int, prompted: str) -> str:
         """What asking for an answer adds to the messages before it; that of a plain conversation if they refuse."""
-        if prompted is not None:
-            try:
-                plain, _ = self._renderer.first_messages(rendering, index, add_generation_prompt=False)
-            except DataError:
-                plain = prompted
-            added = prompted[_common_prefix_length(plain, prompted) :]
-            if added:
-                return added
-        return self._ends.header
+        try:
+            plain, _ = self._renderer.first_messages(rendering, index, add_generation_prompt=False)
+        except DataError:
+            plain = prompted
+        return prompted[_common_prefix_length(plain, prompted) :] or self._ends.header
 
     def _closing(self, rendering: Rendering, index: int) -> str:
         """What follows the answer where it is the last message."""
