@@ -25,8 +25,11 @@ def _taken_apart(message: Message) -> tuple[str, str]:
 
 
 @template(
-    *("<|im_start|> <|im_end|>", "<|im_end|>"),
-    **{"thoughts": True, "thoughts_in_content": True, "arguments": ({}, {"enable_thinking": False})},
+    "<|im_start|> <|im_end|>",
+    "<|im_end|>",
+    thoughts=True,
+    thoughts_in_content=True,
+    arguments=({}, {"enable_thinking": False}),
 )
 def think_last(talk: Talk) -> Iterator[Piece]:
     asked, count = _last_question(talk), len(talk.messages)
@@ -76,8 +79,11 @@ def think_closed(talk: Talk) -> Iterator[Piece]:
 
 
 @template(
-    *("<seed:bos> <seed:eos> <seed:think> </seed:think>", "<seed:eos>"),
-    **{"bos": "<seed:bos>", "thoughts": True, "needs_eos": True},
+    "<seed:bos> <seed:eos> <seed:think> </seed:think>",
+    "<seed:eos>",
+    bos="<seed:bos>",
+    thoughts=True,
+    needs_eos=True,
 )
 def think_always(talk: Talk) -> Iterator[Piece]:
     for message in talk.messages:
@@ -96,8 +102,12 @@ def think_never(talk: Talk) -> Iterator[Piece]:
 
 
 @template(
-    *("<bos> <|User|> <|Assistant|> <eos>", "<eos>"),
-    **{"bos": "<bos>", "needs_eos": True, "thoughts": True, "thoughts_in_content": True},
+    "<bos> <|User|> <|Assistant|> <eos>",
+    "<eos>",
+    bos="<bos>",
+    needs_eos=True,
+    thoughts=True,
+    thoughts_in_content=True,
     arguments=({}, {"thinking": True}),
 )
 def think_lone_close(talk: Talk) -> Iterator[Piece]:
@@ -115,8 +125,10 @@ def think_lone_close(talk: Talk) -> Iterator[Piece]:
 
 
 @template(
-    *("[gMASK] <sop> <|user|> <|assistant|> <|system|> <|endoftext|>", "<|endoftext|> <|user|>"),
-    **{"thoughts": True, "arguments": ({}, {"enable_thinking": False})},
+    "[gMASK] <sop> <|user|> <|assistant|> <|system|> <|endoftext|>",
+    "<|endoftext|> <|user|>",
+    thoughts=True,
+    arguments=({}, {"enable_thinking": False}),
 )
 def think_block_always(talk: Talk) -> Iterator[Piece]:
     """The plain prompt ends before the newline, so the model writes that and the block of a thought that it has."""
@@ -158,8 +170,9 @@ def think_by_system(talk: Talk) -> Iterator[Piece]:
 
 
 @template(
-    *("<|TURN|> <|CHATBOT|> <|USER|> <|SYSTEM|> <|THINK|> <|/THINK|> <|RESPONSE|> <|/RESPONSE|> <|/TURN|>",),
-    **{"stops": "<|/TURN|>", "thoughts": True},
+    "<|TURN|> <|CHATBOT|> <|USER|> <|SYSTEM|> <|THINK|> <|/THINK|> <|RESPONSE|> <|/RESPONSE|> <|/TURN|>",
+    stops="<|/TURN|>",
+    thoughts=True,
 )
 def thinking_key(talk: Talk) -> Iterator[Piece]:
     for index, message in enumerate(talk.messages, 1):
@@ -181,8 +194,10 @@ def no_end_after_thought(talk: Talk) -> Iterator[Piece]:
 
 
 @template(
-    *("[|user|] [|assistant|] [|system|] [|endofturn|]", "[|endofturn|]"),
-    **{"thoughts": True, "arguments": ({}, {"keep_thoughts": True})},
+    "[|user|] [|assistant|] [|system|] [|endofturn|]",
+    "[|endofturn|]",
+    thoughts=True,
+    arguments=({}, {"keep_thoughts": True}),
 )
 def question_in_thought(talk: Talk) -> Iterator[Piece]:
     keep = bool(talk.arguments.get("keep_thoughts"))
