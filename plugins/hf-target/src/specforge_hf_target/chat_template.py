@@ -48,7 +48,13 @@ def render_template(
     :param variables: what the template sees besides the messages: ``tools``, ``add_generation_prompt``, special tokens.
     :raises DataError: the template refuses the conversation, fails, or does not come to an end.
     """
-    given = {"tools": None, "documents": None, **variables, "messages": [_with_thought(m) for m in messages]}
+    given = {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": False,
+        **variables,
+        "messages": [_with_thought(m) for m in messages],
+    }
     if date is not None:
         given["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
     with (
