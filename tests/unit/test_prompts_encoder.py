@@ -187,3 +187,10 @@ def test_templates_that_refuse_a_conversation(make_tokenizer) -> None:
     with pytest.raises(DataError, match="no system role") as caught:
         trained_text(make_tokenizer(strict), talk("hi", "fox", system="x"))
     assert "data.jsonl:1" in caught.value.where
+
+
+def test_a_template_that_looks_at_the_length_of_a_text_is_taken_apart_by_its_prompts(make_tokenizer) -> None:
+    content = "{{ m['content'] if m['content'] | length != 5 else 'five!' }}"
+    tokenizer = make_tokenizer(PLAIN.replace("{{ m['content'] }}", content))
+    messages = talk("hi you", "the quick fox", "x", "fox", "brown", "a fox")
+    assert trained_text(tokenizer, messages) == "the quick fox<|im_end|>|fox<|im_end|>|five!<|im_end|>"

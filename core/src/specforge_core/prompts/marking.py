@@ -23,7 +23,7 @@ from specforge_core.prompts.conversation import Message
 _FIRST_MARK, _LAST_MARK = 0xF0000, 0x10FFFD
 MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 _MOST_TEXTS = (_LAST_MARK - _FIRST_MARK) // 2
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("tool_calls", "function_call")
 _CLOSES_THOUGHT = re.compile(r"\W*(/|end[_-]?)\W*\w*(think|thought|reason)", re.IGNORECASE)
 
@@ -107,9 +107,10 @@ class MarkedMessages:
             marked["content"] = self._mark_pieces(index, content)
         elif content is not None:
             marked["content"] = self._mark_leaves(index, Kind.CONTENT, content)
-        for key in THOUGHT_KEYS:
-            if isinstance(marked.get(key), str):
-                marked[key] = self._mark(index, Kind.THOUGHT, marked[key])
+        thought = next((marked[key] for key in THOUGHT_KEYS if isinstance(marked.get(key), str)), None)
+        if thought is not None:  # under several names it is one thought, which a template reads under one of them
+            shown = self._mark(index, Kind.THOUGHT, thought)
+            marked |= {key: shown for key in THOUGHT_KEYS if marked.get(key) is not None}
         if self._marking is not Marking.INSIDE:
             for key in CALL_KEYS:
                 if marked.get(key):

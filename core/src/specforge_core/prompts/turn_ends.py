@@ -67,6 +67,11 @@ class TurnEnds:
         length = len(_common_prefix(gap, closing()).rstrip())
         return length, False
 
+    def find_last(self, turn: str) -> tuple[int, bool]:
+        """As :meth:`find`, of a turn that is known to hold no other: its last ending token counts."""
+        ends = [end for start, end in self._find_specials(turn) if turn[start:end] in self._ending]
+        return (ends[-1], True) if ends else (len(turn.rstrip()), False)
+
     def _find_specials(self, text: str) -> list[tuple[int, int]]:
         return [found.span() for found in self._specials.finditer(text)] if self._specials else []
 

@@ -53,7 +53,9 @@ class TurnLocator:
         """What follows the last text of the prompt of an answer, by what stands before it."""
 
     def locate(self, rendering: Rendering) -> list[Turn]:
-        """The assistant turns of a rendering whose places are known, in order."""
+        """The assistant turns of a rendering, in order."""
+        if rendering.places is None:
+            return self._locate_by_prefixes(rendering)
         turns: list[Turn] = []
         after = 0
         for index, message in enumerate(rendering.messages):
@@ -91,6 +93,27 @@ class TurnLocator:
             closing=lambda: self._closing(rendering, index),
         )
         return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
+
+    def _locate_by_prefixes(self, rendering: Rendering) -> list[Turn]:
+        """Without places: an answer is what its prompt and the text that ends with it differ by, if the whole begins
+        with both."""
+        turns = []
+        for index, message in enumerate(rendering.messages):
+            if message.get("role") != "assistant":
+                continue
+            try:
+                prompt = self._renderer.plain(rendering, index, add_generation_prompt=True)
+                until = self._renderer.plain(rendering, index + 1, add_generation_prompt=False)
+            except DataError:
+                prompt = until = "\0"
+            if not rendering.text.startswith(prompt) or not until.startswith(prompt):
+                turns.append(Turn(index, None, 0, ended=False))
+                continue
+            until = until[: _common_prefix_length(until, rendering.text)]
+            inserted = _inserted(until[len(prompt) :])
+            end, ended = self._ends.find_last(until[len(prompt) :])
+            turns.append(Turn(index, len(prompt) + inserted, len(prompt) + end, ended, inserted=bool(inserted)))
+        return turns
 
     def _prompt_length(
         self, rendering: Rendering, index: int, anchor: Place | None, gap: str, *, least: int
