@@ -60,7 +60,7 @@ class ConversationEncoder:
 
     def encode_text(self, text: str, spans: Sequence[Span]) -> EncodedPrompt:
         """Rendered text whose trained characters are given."""
-        return self._encode_spans(text, sorted(spans), Counter())
+        return self._encode_spans(text, [(start, end, False) for start, end in sorted(spans)], Counter())
 
     def _encode(self, conversation: Conversation) -> EncodedPrompt:
         rendering = self._renderer.render(conversation)
@@ -70,7 +70,8 @@ class ConversationEncoder:
         spans = [(turn.start, turn.end) for turn in turns if turn.start is not None and turn.start < turn.end]
         if rendering.marked is not None:
             spans = self._use_marks(rendering, spans)
-        return self._encode_spans(rendering.text, spans, counts)
+        ended = {turn.end for turn in turns if turn.ended}
+        return self._encode_spans(rendering.text, [(start, end, end in ended) for start, end in spans], counts)
 
     def _choose(self, turns: Sequence[Turn], conversation: Conversation, counts: Counter[str]) -> list[Turn]:
         """Those that are trained."""
@@ -85,7 +86,10 @@ class ConversationEncoder:
 
     def _use_marks(self, rendering: Rendering, spans: list[Span]) -> list[Span]:
         """The template's own marks, of the turns in ``spans``, unless they are wrong; then it is said, once."""
-        marked = [(max(start, 0), end) for start, end in rendering.marked or () if start < end]
+        marked = [(start, end) for start, end in rendering.marked or () if start < end]
+        if rendering.places is None and not spans:
+            self._warn("the chat template's own {% generation %} marks are used unchecked: it looks into texts")
+            return marked
         problem = _problem_of_marks(marked, spans, rendering)
         if problem:
             self._warn(
@@ -94,15 +98,17 @@ class ConversationEncoder:
             return spans
         return [span for span in marked if any(span[0] < end and start < span[1] for start, end in spans)]
 
-    def _encode_spans(self, text: str, spans: Sequence[Span], counts: Counter[str]) -> EncodedPrompt:
+    def _encode_spans(self, text: str, spans: Sequence[tuple[int, int, bool]], counts: Counter[str]) -> EncodedPrompt:
+        """:param spans: trained characters, and whether the template ends the turn there."""
         encoded = self._tokenizer.encode(text)
         input_ids, most = encoded.input_ids, self._settings.max_length
         mask = bytearray(len(input_ids))
-        for start, end in spans:
+        for start, end, ended in spans:
             first, stop = encoded.tokens_between(start, end)
             mask[first:stop] = b"\x01" * (stop - first)
             if first < stop <= most:
-                counts["ends_trained" if input_ids[stop - 1] in self._stops else "ends_missing"] += 1
+                stops = input_ids[stop - 1] in self._stops if self._stops else ended
+                counts["ends_trained" if stops else "ends_missing"] += 1
         counts["cut"] += len(input_ids) > most
         return EncodedPrompt(input_ids[:most], list(mask[:most]), {name: n for name, n in counts.items() if n})
 

@@ -62,10 +62,14 @@ class MarkedText:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a text stands in a rendering: characters [start, end), its own whitespace included."""
+    """Where a text stands in a rendering: characters [start, end), its own whitespace included.
+
+    :param first: its first character that is no whitespace.
+    """
 
     start: int
     end: int
+    first: int
     text: MarkedText
 
 
@@ -160,12 +164,13 @@ class MarkedMessages:
 def _place(plain: str, text: MarkedText, start: int, end: int) -> Place:
     """A text with its own whitespace, where that stands beside it (the template may have trimmed it, and put the same
     there itself; it makes no difference)."""
-    start, end = start - text.inset, end + text.inset
+    first = start = start - text.inset
+    end += text.inset
     if text.before and plain.endswith(text.before, 0, start):
         start -= len(text.before)
     if text.after and plain.startswith(text.after, end):
         end += len(text.after)
-    return Place(start, end, text)
+    return Place(start, end, first, text)
 
 
 def overlap(places: Sequence[Place]) -> bool:

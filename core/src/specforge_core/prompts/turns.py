@@ -23,6 +23,7 @@ Span = tuple[int, int]
 
 _TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
 _EMPTY_BLOCK = re.compile(rf"\s*(?:{_TAG}\s*)*{_TAG}\s*", re.IGNORECASE)
+_OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*$")
 _CLOSED = re.compile(r"/|end", re.IGNORECASE)
 
 
@@ -85,7 +86,8 @@ class TurnLocator:
         if prompt_length is None:
             return Turn(index, None, max(after, body_end if own else gap_start), ended=False)
         start = gap_start + prompt_length
-        inserted = _inserted(rendering.text[start:gap_end]) if own and own[0].text.kind is not Kind.THOUGHT else 0
+        answers = own and own[0].text.kind is not Kind.THOUGHT
+        inserted = _inserted(rendering.text[start : own[0].first]) if answers else 0
         body_end = body_end if own else start
         end, ended = self._ends.find(
             rendering.text[body_end:following],
@@ -190,11 +192,14 @@ def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
 def _prompt_within(gap: str, prompt: str, *, least: int) -> int | None:
     """The end, in ``gap``, of the longest beginning of ``prompt`` that stands in it; None if that is no part of it.
 
-    A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough.
+    A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough; it is no part
+    of a tag.
     """
     best_length, best_end = 0, None
     for position in range(max(least, 0), len(gap)):
         length = _common_prefix_length(gap[position:], prompt)
+        if 0 < length < len(prompt):
+            length = len(_OPEN_TAG.sub("", prompt[:length]))
         if length and length >= best_length:
             best_length, best_end = length, position + length
     enough = re.split(_TAG, prompt, maxsplit=1, flags=re.IGNORECASE)[0].rstrip()

@@ -82,7 +82,7 @@ _THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def _with_thought(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A thought under every name by which templates read it, whatever its own (transformers does it for two of them)."""
+    """A thought under every name by which templates read it (transformers itself gives it two of them)."""
     thought = next((message[key] for key in _THOUGHT_KEYS if message.get(key) is not None), None)
     return message if thought is None else {**message, **dict.fromkeys(_THOUGHT_KEYS, thought)}
 
