@@ -3,6 +3,7 @@
 
 import oracles_plain
 import oracles_short
+import oracles_thoughts
 from talk import TABLE
 
-__all__ = ["TABLE", "oracles_plain", "oracles_short"]
+__all__ = ["TABLE", "oracles_plain", "oracles_short", "oracles_thoughts"]
