@@ -67,6 +67,7 @@ from specforge_core.contracts.target_engine import (
     FrozenSource,
     RenderedText,
     TargetEngine,
+    TextWithOffsets,
 )
 
 __all__ = [
@@ -136,6 +137,7 @@ __all__ = [
     "TargetError",
     "TargetInfo",
     "TargetStep",
+    "TextWithOffsets",
     "Usage",
     "access_proof",
     "check_metadata_only",

@@ -9,7 +9,6 @@ trained. Last step before ``prepare``.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,19 +60,18 @@ class ConversationEncoder:
 
     def encode_text(self, text: str, spans: Sequence[Span]) -> EncodedPrompt:
         """Rendered text whose trained characters are given."""
-        return self._encode_spans(text, sorted(spans), Counter())
+        return self._encode_spans(text, [(start, end, False) for start, end in sorted(spans)], Counter())
 
     def _encode(self, conversation: Conversation) -> EncodedPrompt:
         rendering = self._renderer.render(conversation)
         counts: Counter[str] = Counter()
         _count_texts(rendering, counts, names_tools="tools" in self._renderer.source.names)
-        if rendering.places is None:
-            return self._encode_spans(rendering.text, self._marked_only(rendering, conversation, counts), counts)
         turns = self._choose(self._locator.locate(rendering), conversation, counts)
         spans = [(turn.start, turn.end) for turn in turns if turn.start is not None and turn.start < turn.end]
         if rendering.marked is not None:
             spans = self._use_marks(rendering, spans)
-        return self._encode_spans(rendering.text, spans, counts)
+        ended = {turn.end for turn in turns if turn.ended}
+        return self._encode_spans(rendering.text, [(start, end, end in ended) for start, end in spans], counts)
 
     def _choose(self, turns: Sequence[Turn], conversation: Conversation, counts: Counter[str]) -> list[Turn]:
         """Those that are trained."""
@@ -88,7 +86,10 @@ class ConversationEncoder:
 
     def _use_marks(self, rendering: Rendering, spans: list[Span]) -> list[Span]:
         """The template's own marks, of the turns in ``spans``, unless they are wrong; then it is said, once."""
-        marked = [(max(start, 0), end) for start, end in rendering.marked or () if start < end]
+        marked = [(start, end) for start, end in rendering.marked or () if start < end]
+        if rendering.places is None and not spans:
+            self._warn("the chat template's own {% generation %} marks are used unchecked: it looks into texts")
+            return marked
         problem = _problem_of_marks(marked, spans, rendering)
         if problem:
             self._warn(
@@ -97,28 +98,19 @@ class ConversationEncoder:
             return spans
         return [span for span in marked if any(span[0] < end and start < span[1] for start, end in spans)]
 
-    def _marked_only(self, rendering: Rendering, conversation: Conversation, counts: Counter[str]) -> list[Span]:
-        if rendering.marked is None or conversation.untrained:
-            raise DataError(
-                "the chat template changes its ways with what a text holds, so trained tokens cannot be told",
-                hint="mark answers in it with {% generation %}, or give prompts as input_ids and loss_mask",
-            )
-        self._warn("the marks of the chat template are used unchecked: it changes its ways with what a text holds")
-        spans = [span for span in rendering.marked if span[0] < span[1]]
-        if self._settings.last_turn_only or self._settings.samples == "turn":
-            spans = spans[-1:]
-        counts["answers_trained"] += len(spans)
-        return spans
-
-    def _encode_spans(self, text: str, spans: Sequence[Span], counts: Counter[str]) -> EncodedPrompt:
+    def _encode_spans(self, text: str, spans: Sequence[tuple[int, int, bool]], counts: Counter[str]) -> EncodedPrompt:
+        """:param spans: trained characters, and whether the template ends the turn there."""
         encoded = self._tokenizer.encode(text)
         input_ids, most = encoded.input_ids, self._settings.max_length
-        mask = _mask_of_spans(encoded.offsets, spans)
+        mask = bytearray(len(input_ids))
+        for start, end, ended in spans:
+            first, stop = encoded.tokens_between(start, end)
+            mask[first:stop] = b"\x01" * (stop - first)
+            if first < stop <= most:
+                stops = input_ids[stop - 1] in self._stops if self._stops else ended
+                counts["ends_trained" if stops else "ends_missing"] += 1
         counts["cut"] += len(input_ids) > most
-        for last in _last_of_runs(mask):
-            if last < most:
-                counts["ends_trained" if input_ids[last] in self._stops else "ends_missing"] += 1
-        return EncodedPrompt(input_ids[:most], mask[:most], {name: n for name, n in counts.items() if n})
+        return EncodedPrompt(input_ids[:most], list(mask[:most]), {name: n for name, n in counts.items() if n})
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -182,17 +174,3 @@ def _count_texts(rendering: Rendering, counts: Counter[str], *, names_tools: boo
     )
     if rendering.tools:
         counts["tools_rendered" if names_tools else "tools_lost"] += 1
-
-
-def _mask_of_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """1 for every token that overlaps a span. Both are sorted; tokens of no width count with their neighbours."""
-    mask = [0] * len(offsets)
-    for start, end in spans:
-        first = bisect_right(offsets, start, key=lambda span: span[1])
-        stop = bisect_left(offsets, end, key=lambda span: span[0])
-        mask[first:stop] = [1] * max(stop - first, 0)
-    return mask
-
-
-def _last_of_runs(mask: Sequence[int]) -> list[int]:
-    return [index for index, item in enumerate(mask) if item and not (index + 1 < len(mask) and mask[index + 1])]

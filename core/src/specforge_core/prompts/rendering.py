@@ -90,6 +90,10 @@ class TemplateRenderer:
         marked = self._ask(rendering.marks.messages[:count], rendering, add_generation_prompt=add_generation_prompt)
         return rendering.marks.places(marked)
 
+    def plain(self, rendering: Rendering, count: int, *, add_generation_prompt: bool) -> str:
+        """As :meth:`first_messages`, without marks."""
+        return self._ask(rendering.messages[:count], rendering, add_generation_prompt=add_generation_prompt)
+
     def _may_be_better(self, rendering: Rendering) -> bool:
         return _loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from specforge_core.contracts import DataError
 from specforge_core.prompts.marking import Kind, Place
 from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import TurnEnds
+from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking
 
 Span = tuple[int, int]
 
-_TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
-_EMPTY_BLOCK = re.compile(rf"\s*(?:{_TAG}\s*)*{_TAG}\s*", re.IGNORECASE)
+_EMPTY_BLOCK = re.compile(rf"\s*(?:{THINKING_TAG}\s*)*{THINKING_TAG}\s*", re.IGNORECASE)
+_OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*$")
 _CLOSED = re.compile(r"/|end", re.IGNORECASE)
 
 
@@ -53,7 +53,9 @@ class TurnLocator:
         """What follows the last text of the prompt of an answer, by what stands before it."""
 
     def locate(self, rendering: Rendering) -> list[Turn]:
-        """The assistant turns of a rendering whose places are known, in order."""
+        """The assistant turns of a rendering, in order."""
+        if rendering.places is None:
+            return self._locate_by_prefixes(rendering)
         turns: list[Turn] = []
         after = 0
         for index, message in enumerate(rendering.messages):
@@ -79,11 +81,12 @@ class TurnLocator:
             gap_end = body_end = min(others, default=len(rendering.text))
         following = min(others, default=len(rendering.text))
         gap = rendering.text[gap_start:gap_end]
-        prompt_length = self._prompt_length(rendering, index, anchor, gap, least=after - gap_start)
+        prompt_length = self._prompt_length(rendering, index, anchor, gap)
         if prompt_length is None:
             return Turn(index, None, max(after, body_end if own else gap_start), ended=False)
         start = gap_start + prompt_length
-        inserted = _inserted(rendering.text[start:gap_end]) if own and own[0].text.kind is not Kind.THOUGHT else 0
+        answers = own and own[0].text.kind is not Kind.THOUGHT
+        inserted = _inserted(rendering.text[start:gap_end]) if answers else 0
         body_end = body_end if own else start
         end, ended = self._ends.find(
             rendering.text[body_end:following],
@@ -92,13 +95,29 @@ class TurnLocator:
         )
         return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
 
-    def _prompt_length(
-        self, rendering: Rendering, index: int, anchor: Place | None, gap: str, *, least: int
-    ) -> int | None:
-        """How much of ``gap``, what follows the last text before an answer, its prompt would show.
+    def _locate_by_prefixes(self, rendering: Rendering) -> list[Turn]:
+        """Without places: an answer is what its prompt and the text that ends with it differ by, if the whole begins
+        with both."""
+        turns = []
+        for index, message in enumerate(rendering.messages):
+            if message.get("role") != "assistant":
+                continue
+            try:
+                prompt = self._renderer.plain(rendering, index, add_generation_prompt=True)
+                until = self._renderer.plain(rendering, index + 1, add_generation_prompt=False)
+            except DataError:
+                prompt = until = "\0"
+            if not rendering.text.startswith(prompt) or not until.startswith(prompt):
+                turns.append(Turn(index, None, 0, ended=False))
+                continue
+            until = until[: _common_prefix_length(until, rendering.text)]
+            inserted = _inserted(until[len(prompt) :])
+            end, ended = self._ends.find_last(until[len(prompt) :])
+            turns.append(Turn(index, len(prompt) + inserted, len(prompt) + end, ended, inserted=bool(inserted)))
+        return turns
 
-        :param least: the end of the turn before, in ``gap``.
-        """
+    def _prompt_length(self, rendering: Rendering, index: int, anchor: Place | None, gap: str) -> int | None:
+        """How much of ``gap``, what follows the last text before an answer, its prompt would show."""
         previous = rendering.messages[index - 1] if index else {}
         key = (
             *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
@@ -111,11 +130,12 @@ class TurnLocator:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
             shown = text[_end_of(anchor, places) :]
         except DataError:
-            return _prompt_within(gap, self._ends.header, least=least)
-        self._prompts[key] = shown
-        if gap.startswith(shown):
-            return len(shown)
-        return _prompt_within(gap, self._generation_prompt(rendering, index, text), least=least)
+            return _prompt_within(gap, self._ends.header)
+        if self._ends.is_asking(shown):
+            self._prompts[key] = shown
+            if gap.startswith(shown):
+                return len(shown)
+        return _prompt_within(gap, self._generation_prompt(rendering, index, text))
 
     def _generation_prompt(self, rendering: Rendering, index: int, prompted: str) -> str:
         """What asking for an answer adds to the messages before it; that of a plain conversation if they refuse."""
@@ -123,7 +143,7 @@ class TurnLocator:
             plain, _ = self._renderer.first_messages(rendering, index, add_generation_prompt=False)
         except DataError:
             plain = prompted
-        return prompted[_common_prefix_length(plain, prompted) :] or self._ends.header
+        return self._ends.without_end(prompted[_common_prefix_length(plain, prompted) :]) or self._ends.header
 
     def _closing(self, rendering: Rendering, index: int) -> str:
         """What follows the answer where it is the last message."""
@@ -164,17 +184,20 @@ def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
     raise DataError("the chat template leaves the text before the answer out of its prompt")
 
 
-def _prompt_within(gap: str, prompt: str, *, least: int) -> int | None:
+def _prompt_within(gap: str, prompt: str) -> int | None:
     """The end, in ``gap``, of the longest beginning of ``prompt`` that stands in it; None if that is no part of it.
 
-    A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough.
+    A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough; it is no part
+    of a tag.
     """
     best_length, best_end = 0, None
-    for position in range(max(least, 0), len(gap)):
+    for position in range(len(gap)):
         length = _common_prefix_length(gap[position:], prompt)
+        if 0 < length < len(prompt):
+            length = len(_OPEN_TAG.sub("", prompt[:length]))
         if length and length >= best_length:
             best_length, best_end = length, position + length
-    enough = re.split(_TAG, prompt, maxsplit=1, flags=re.IGNORECASE)[0].rstrip()
+    enough = before_thinking(prompt)
     return best_end if best_length and best_length >= len(enough) else None
 
 
@@ -183,7 +206,7 @@ def _inserted(gap: str) -> int:
     found = _EMPTY_BLOCK.match(gap)
     if not found:
         return 0
-    last = re.findall(_TAG, found.group(), re.IGNORECASE)[-1]
+    last = re.findall(THINKING_TAG, found.group(), re.IGNORECASE)[-1]
     return found.end() if _CLOSED.search(last) else 0
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from specforge_core.contracts import EncodedText, RenderedText
+from specforge_core.contracts import EncodedText, RenderedText, TextWithOffsets
 from specforge_core.testing.tiny_plugin import BOS, NUM_BYTES, TURN_END, TURN_START, TinyTargetConfig
 
 _SPECIAL = {"<|bos|>": BOS, "<|turn|>": TURN_START, "<|end|>": TURN_END}
@@ -71,7 +71,7 @@ class TinyTokenizer:
                     token_ids.extend(encoded)
                     offsets.extend([(place, place + 1)] * len(encoded))
             position += len(piece)
-        return EncodedText(token_ids, offsets)
+        return TextWithOffsets(token_ids, offsets)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         names = {token_id: text for text, token_id in _SPECIAL.items()}

@@ -48,7 +48,13 @@ def render_template(
     :param variables: what the template sees besides the messages: ``tools``, ``add_generation_prompt``, special tokens.
     :raises DataError: the template refuses the conversation, fails, or does not come to an end.
     """
-    given = {"tools": None, "documents": None, **variables, "messages": [_with_thought(m) for m in messages]}
+    given = {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": False,
+        **variables,
+        "messages": [_with_thought(m) for m in messages],
+    }
     if date is not None:
         given["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
     with (
@@ -76,9 +82,9 @@ _THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 def _with_thought(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A thought under the names that transformers gives it for templates, whatever its own."""
+    """A thought under every name by which templates read it (transformers itself gives it two of them)."""
     thought = next((message[key] for key in _THOUGHT_KEYS if message.get(key) is not None), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+    return message if thought is None else {**message, **dict.fromkeys(_THOUGHT_KEYS, thought)}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,29 @@ from specforge_core.contracts.kinds import shorten
 from specforge_hf_target.chat_template import render_template
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.model_files import check_text_files, refusing
+
+
+class _EncodedText:
+    """What the tokenizer made of a text; asked for single places, which costs less than the offsets of all tokens."""
+
+    def __init__(self, encoding: Any):
+        self._encoding = encoding
+        self.input_ids: list[int] = encoding.ids
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, int]:
+        first = self._token_of(range(start, end))
+        last = self._token_of(range(end - 1, start - 1, -1))
+        if first is None or last is None:
+            return 0, 0
+        stop = last + 1
+        while stop < len(self.input_ids) and (self._encoding.token_to_chars(stop) or (end,))[0] < end:
+            stop += 1  # further tokens of one character
+        return first, stop
+
+    def _token_of(self, characters: range) -> int | None:
+        """The token of the first of the characters that has one: some tokenizers trim spaces from their offsets."""
+        found = (self._encoding.char_to_token(position) for position in characters)
+        return next((token for token in found if token is not None), None)
 
 
 class HfChatTokenizer:
@@ -29,6 +53,10 @@ class HfChatTokenizer:
         self._tokenizer = tokenizer
         self._where = where
         self._stop_token_ids = frozenset(stop_token_ids)
+        # Its own copy, for whoever else uses the tokenizer: a text beyond the model's length is cut later.
+        self._encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
 
     @property
     def fingerprint(self) -> str:
@@ -67,10 +95,8 @@ class HfChatTokenizer:
         return render_template(self._template_for(tools), messages, variables=variables, date=date)
 
     def encode(self, text: str) -> EncodedText:
-        # verbose=False: a text beyond the model's length is cut later, and that is no warning's business
         with refusing("the tokenizer cannot encode this text", hint="leave the text out", kind=DataError):
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return EncodedText(encoded["input_ids"], encoded["offset_mapping"])
+            return _EncodedText(self._encoder.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
