@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specforge_core.contracts import DataError
+from specforge_core.prompts.conversation import Conversation
 from specforge_core.prompts.marking import Kind, Place
 from specforge_core.prompts.rendering import Rendering, TemplateRenderer
 from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking
@@ -51,6 +52,8 @@ class TurnLocator:
         self._ends = ends
         self._prompts: dict[tuple[object, ...], str] = {}
         """What follows the last text of the prompt of an answer, by what stands before it."""
+        self._blocks: set[str] = set()
+        """Empty thinking blocks that the template inserts."""
 
     def locate(self, rendering: Rendering) -> list[Turn]:
         """The assistant turns of a rendering, in order."""
@@ -67,33 +70,46 @@ class TurnLocator:
         return turns
 
     def _locate_turn(self, rendering: Rendering, index: int, after: int) -> Turn:
-        places = rendering.places or ()
-        before = [place for place in places if place.text.message < index]
-        own = _own_run(places, index)
-        anchor = _last_before(before, own[0].start if own else None)
-        gap_start = max(anchor.end if anchor else 0, 0)
-        others = [place.start for place in places if place.text.message != index and place.start >= gap_start]
-        if own:
-            gap_end = own[0].start
-            body_end = own[-1].end
-            others = [start for start in others if start >= body_end]
-        else:
-            gap_end = body_end = min(others, default=len(rendering.text))
-        following = min(others, default=len(rendering.text))
-        gap = rendering.text[gap_start:gap_end]
-        prompt_length = self._prompt_length(rendering, index, anchor, gap)
+        """:param after: where the answer before ends."""
+        room = _room_of(rendering, index)
+        prompt_length = self._prompt_length(rendering, index, room)
+        if prompt_length is None and room.start <= after == room.gap_end and index:
+            prompt_length = after - room.start  # it follows another answer without a header of its own
         if prompt_length is None:
-            return Turn(index, None, max(after, body_end if own else gap_start), ended=False)
-        start = gap_start + prompt_length
-        answers = own and own[0].text.kind is not Kind.THOUGHT
-        inserted = _inserted(rendering.text[start:gap_end]) if answers else 0
-        body_end = body_end if own else start
+            return Turn(index, None, max(after, room.own[-1].end if room.own else room.start), ended=False)
+        start = room.start + prompt_length
+        body_end = max(room.own[-1].end if room.own else start, start)
+        inserted = 0
+        if not room.own:
+            inserted = self._inserted_length(rendering.text[start : room.end], exact=True)
+            body_end += inserted
+        elif room.own[0].text.kind is not Kind.THOUGHT:
+            gap = rendering.text[start : room.gap_end]
+            inserted = self._inserted_length(gap, exact=not room.own[0].text.indented)
         end, ended = self._ends.find(
-            rendering.text[body_end:following],
+            rendering.text[body_end : room.end],
             is_last=index == len(rendering.messages) - 1,
             closing=lambda: self._closing(rendering, index),
         )
         return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
+
+    def _inserted_length(self, gap: str, *, exact: bool) -> int:
+        """The length of the empty thinking block that ``gap`` begins with.
+
+        :param exact: whether ``gap`` ends where the template's own text ends. Otherwise whitespace of the answer may
+            follow, and a block that is known tells where it begins.
+        """
+        length = _block_length(gap)
+        if length and exact:
+            self._blocks.add(gap[:length])
+        elif length:
+            if not self._blocks:
+                plain = Conversation(
+                    [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+                )
+                self.locate(self._renderer.render(plain))
+            length = max((len(block) for block in self._blocks if gap.startswith(block)), default=length)
+        return length
 
     def _locate_by_prefixes(self, rendering: Rendering) -> list[Turn]:
         """Without places: an answer is what its prompt and the text that ends with it differ by, if the whole begins
@@ -111,13 +127,14 @@ class TurnLocator:
                 turns.append(Turn(index, None, 0, ended=False))
                 continue
             until = until[: _common_prefix_length(until, rendering.text)]
-            inserted = _inserted(until[len(prompt) :])
+            inserted = self._inserted_length(until[len(prompt) :], exact=True)
             end, ended = self._ends.find_last(until[len(prompt) :])
             turns.append(Turn(index, len(prompt) + inserted, len(prompt) + end, ended, inserted=bool(inserted)))
         return turns
 
-    def _prompt_length(self, rendering: Rendering, index: int, anchor: Place | None, gap: str) -> int | None:
-        """How much of ``gap``, what follows the last text before an answer, its prompt would show."""
+    def _prompt_length(self, rendering: Rendering, index: int, room: _Room) -> int | None:
+        """How much of what follows the last text before an answer its prompt would show."""
+        gap, anchor = rendering.text[room.start : room.gap_end], room.anchor
         previous = rendering.messages[index - 1] if index else {}
         key = (
             *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
@@ -133,7 +150,7 @@ class TurnLocator:
             return _prompt_within(gap, self._ends.header)
         if self._ends.is_asking(shown):
             self._prompts[key] = shown
-            if gap.startswith(shown):
+            if rendering.text.startswith(shown, room.start):
                 return len(shown)
         return _prompt_within(gap, self._generation_prompt(rendering, index, text))
 
@@ -155,20 +172,36 @@ class TurnLocator:
         return text[max(own) :] if own else ""
 
 
-def _own_run(places: Sequence[Place], index: int) -> list[Place]:
-    """The places of a message's texts, up to the first text of another message among them."""
-    run: list[Place] = []
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Where an answer may stand: between the texts of other messages.
+
+    :param anchor: the last text before it, and ``start`` its end.
+    :param own: the answer's own texts, up to the first text of another message among them.
+    :param gap_end: where its own texts begin, or the room ends.
+    """
+
+    anchor: Place | None
+    start: int
+    own: Sequence[Place]
+    gap_end: int
+    end: int
+
+
+def _room_of(rendering: Rendering, index: int) -> _Room:
+    places = rendering.places or ()
+    own: list[Place] = []
     for place in places:
         if place.text.message == index:
-            run.append(place)
-        elif run:
+            own.append(place)
+        elif own:
             break
-    return run
-
-
-def _last_before(places: Sequence[Place], start: int | None) -> Place | None:
-    ended = [place for place in places if start is None or place.end <= start]
-    return max(ended, key=lambda place: place.end, default=None)
+    before = [p for p in places if p.text.message < index and (not own or p.end <= own[0].start)]
+    anchor = max(before, key=lambda place: place.end, default=None)
+    start = anchor.end if anchor else 0
+    least = own[-1].end if own else start
+    end = min((p.start for p in places if p.text.message != index and p.start >= least), default=len(rendering.text))
+    return _Room(anchor, start, own, own[0].start if own else end, end)
 
 
 def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
@@ -201,7 +234,7 @@ def _prompt_within(gap: str, prompt: str) -> int | None:
     return best_end if best_length and best_length >= len(enough) else None
 
 
-def _inserted(gap: str) -> int:
+def _block_length(gap: str) -> int:
     """The length of the empty thinking block that ``gap`` begins with: tags about thinking, the last one closing."""
     found = _EMPTY_BLOCK.match(gap)
     if not found:
