@@ -52,12 +52,14 @@ class MarkedText:
     """A piece of text of a message.
 
     :param inset: how many characters of ``text`` stand outside the marks, at either end.
+    :param indented: whether whitespace stands before it in the message.
     """
 
     message: int
     kind: Kind
     text: str
     inset: int = 0
+    indented: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ class MarkedMessages:
         before, _, after = text.partition(core) if not self._outside else ("", text, "")
         core = text if self._outside else core
         number = _FIRST_MARK + 2 * len(self.texts)
-        self.texts.append(MarkedText(index, kind, core, inset))
+        self.texts.append(MarkedText(index, kind, core, inset, bool(before)))
         inner = core[inset : len(core) - inset]
         return f"{before}{core[:inset]}{chr(number)}{inner}{chr(number + 1)}{core[len(core) - inset :]}{after}"
 
