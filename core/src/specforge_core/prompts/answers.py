@@ -18,7 +18,7 @@ from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
 from specforge_core.prompts.marking import Kind, Place
 from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking
+from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking, has_thinking
 
 Span = tuple[int, int]
 
@@ -145,10 +145,14 @@ class TurnLocator:
         previous = rendering.messages[index - 1] if index else {}
         key = (
             *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
-            *(rendering.tools is None, index > 1 and rendering.messages[index - 2].get("role")),
+            *(
+                rendering.tools is None,
+                str(rendering.arguments),
+                index > 1 and rendering.messages[index - 2].get("role"),
+            ),
         )
         known = self._prompts.get(key)
-        if known is not None and known == gap:
+        if known is not None and known == gap and not has_thinking(known):  # which texts often decide about
             return len(gap)
         try:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
@@ -204,6 +208,9 @@ def _room_of(rendering: Rendering, index: int) -> _Room:
         elif own:
             break
     before = [p for p in places if p.text.message < index and (not own or p.end <= own[0].start)]
+    if not own:  # texts of earlier messages may stand further on
+        last = max((place.text.message for place in before), default=None)
+        before = [place for place in before if place.text.message == last]
     anchor = max(before, key=lambda place: place.end, default=None)
     start = anchor.end if anchor else 0
     least = own[-1].end if own else start

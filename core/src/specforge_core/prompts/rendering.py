@@ -152,32 +152,32 @@ def _is_garbled(rendering: Rendering, place: Place) -> bool:
 
 
 def _other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    forms: tuple[tuple[Callable[[Message], Message], ...], ...] = (
-        (_turn_parts,),
-        (_turn_calls,),
-        (_turn_arguments,),
-        (_turn_parts, _turn_calls),
-        (_turn_parts, _turn_arguments),
-    )
-    for steps in forms:
-        made = list(messages)
-        for step in steps:
-            turned = [step(message) for message in made]
-            if turned == made:
-                break
-            made = turned
-        else:
-            yield made
+    """The same conversation in the other ways that templates want."""
+    contents: tuple[Callable[[Message], Message], ...] = (_as_given, _as_text, _as_parts)
+    calls: tuple[Callable[[Message], Message], ...] = (_as_given, _turn_calls, _turn_arguments)
+    tried = [list(messages)]
+    for turn_calls in calls:
+        for turn_content in contents:
+            made = [turn_content(turn_calls(message)) for message in messages]
+            if made not in tried:
+                tried.append(made)
+                yield made
 
 
-def _turn_parts(message: Message) -> Message:
-    """Text parts as one text, and text as one part."""
+def _as_given(message: Message) -> Message:
+    return message
+
+
+def _as_text(message: Message) -> Message:
     content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": [{"type": "text", "text": content}]}
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         return {**message, "content": "".join(part["text"] for part in content)}
     return message
+
+
+def _as_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _turn_calls(message: Message) -> Message:

@@ -89,7 +89,7 @@ class TurnEnds:
         closed = [end for _, end in found if end <= len(body)]
         if closed:
             return closed[-1], True
-        if found and not self._ends_past_turns:
+        if found and not self._ends_past_turns and found[0][0] <= most:
             return found[0][1], True
         if not self._ending and not body.strip():  # the template ends turns with whitespace
             body = gap[: len(gap) - len(gap.lstrip())]
@@ -123,6 +123,11 @@ class TurnEnds:
         if closing and not any(probe.closing[start:end] in self._ending | stops for start, end in closing):
             end = _end_of_run(closing, probe.closing)
             self._ending |= {probe.closing[start:stop] for start, stop in closing if stop == end}
+
+
+def has_thinking(prompt: str) -> bool:
+    """Whether a tag around thoughts stands in it."""
+    return re.search(THINKING_TAG, prompt, flags=re.IGNORECASE) is not None
 
 
 def before_thinking(prompt: str) -> str:
