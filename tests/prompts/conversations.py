@@ -188,7 +188,7 @@ def _answer(template: Template, chance: Random) -> Message:
     thought = _words(chance, 6) if template.thoughts and chance.random() < 0.5 else ""
     text = "" if chance.random() < 0.05 else _text(template, chance, secret=False)
     if template.thoughts_in_content and not thought and chance.random() < 0.15:
-        text = f"<think>\n{_words(chance, 6)}\n</think>\n\n{text.strip()}"
+        text = f"<think>\n{_words(chance, 6)}\n</think>\n\n{text.strip() or 'Yes.'}"
     return Message("assistant", text, thought)
 
 
