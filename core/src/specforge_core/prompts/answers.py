@@ -148,7 +148,7 @@ class TurnLocator:
             shown = text[_end_of(anchor, places) :]
         except DataError:
             return _prompt_within(gap, self._ends.header)
-        if self._ends.is_asking(shown):
+        if previous.get("role") not in (None, "assistant") or self._ends.is_asking(shown):
             self._prompts[key] = shown
             if rendering.text.startswith(shown, room.start):
                 return len(shown)

@@ -54,7 +54,7 @@ class TemplateRenderer:
         self._arguments = arguments
         self._date = date
         self.source = TemplateSource(tokenizer.template)
-        self._no_better: set[frozenset[tuple[str, Kind]]] = set()
+        self._no_better: set[frozenset[tuple[str, Kind, str]]] = set()
 
     def render(self, conversation: Conversation) -> Rendering:
         """:raises DataError: the template refuses the conversation in every form."""
@@ -130,8 +130,13 @@ class TemplateRenderer:
         ).text
 
 
-def _lost_kinds(rendering: Rendering) -> frozenset[tuple[str, Kind]]:
-    return frozenset((str(rendering.messages[text.message].get("role")), text.kind) for text in rendering.lost)
+def _lost_kinds(rendering: Rendering) -> frozenset[tuple[str, Kind, str]]:
+    garbled = (place.text for place in rendering.places or () if _is_garbled(rendering, place))
+    return frozenset(
+        (str(rendering.messages[text.message].get("role")), text.kind, state)
+        for state, texts in (("lost", rendering.lost), ("garbled", garbled))
+        for text in texts
+    )
 
 
 def _loss(rendering: Rendering) -> int:
@@ -154,7 +159,9 @@ def _other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
     forms: tuple[tuple[Callable[[Message], Message], ...], ...] = (
         (_turn_parts,),
         (_turn_calls,),
+        (_turn_arguments,),
         (_turn_parts, _turn_calls),
+        (_turn_parts, _turn_arguments),
     )
     for steps in forms:
         made = list(messages)
@@ -184,6 +191,23 @@ def _turn_calls(message: Message) -> Message:
         return message
     rest = {key: value for key, value in message.items() if key != "function_call"}
     return {**rest, "tool_calls": [_turn_call(call) for call in calls]}
+
+
+def _turn_arguments(message: Message) -> Message:
+    """Calls as ``tool_calls`` of functions, their arguments as JSON text."""
+    turned = _turn_calls(message)
+    calls = turned.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**turned, "tool_calls": [_write_arguments(call) for call in calls]}
+
+
+def _write_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _turn_call(call: Any) -> Any:

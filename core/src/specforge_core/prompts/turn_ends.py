@@ -50,8 +50,9 @@ class TurnEnds:
         self._ends_past_turns = False
         probe = _probe(renderer)
         if probe is not None:
-            self._learn(probe, frozenset(stops))
-            added = self.without_end(_added_header(renderer))
+            added = _added_header(renderer)
+            self._learn(probe, frozenset(stops), added)
+            added = self.without_end(added)
             self._asks = before_thinking(added)
             self.header = added or self.without_end(probe.asked)
         self._ending |= set(stops)
@@ -79,9 +80,14 @@ class TurnEnds:
         for start, end in found:
             if gap[start:end] in self._ending:
                 return end, True
-        if found and (not self._ends_past_turns or is_last):
-            return (found[0][1], True) if not is_last else (_end_of_run(found, gap), True)
+        if found and is_last:
+            return _end_of_run(found, gap), True
         body = gap if is_last else _common_prefix(gap, closing())
+        closed = [end for _, end in found if end <= len(body)]
+        if closed:
+            return closed[-1], True
+        if found and not self._ends_past_turns:
+            return found[0][1], True
         if not self._ending and not body.strip():  # the template ends turns with whitespace
             body = gap[: len(gap) - len(gap.lstrip())]
             return len(body), False
@@ -95,13 +101,16 @@ class TurnEnds:
     def _find_specials(self, text: str) -> list[tuple[int, int]]:
         return [found.span() for found in self._specials.finditer(text)] if self._specials else []
 
-    def _learn(self, probe: _Probe, stops: frozenset[str]) -> None:
+    def _learn(self, probe: _Probe, stops: frozenset[str], header_of_answers: str) -> None:
         between = self._find_specials(probe.between)
         shared = _common_prefix(probe.between, probe.closing)
         header = _common_suffix(probe.between, probe.opening)
         by_closing = sum(end <= len(shared) for _, end in between)
         by_header = sum(end <= len(probe.between) - len(header) for _, end in between)
-        count = max(by_closing, by_header)
+        openers = (header_of_answers[start:end] for start, end in self._find_specials(header_of_answers))
+        opener = next((text for text in openers if text in probe.opening), None)  # it opens every message
+        tokens = [probe.between[start:end] for start, end in between]
+        count = tokens.index(opener) if opener in tokens else max(by_closing, by_header)
         stopping = [n for n, (start, end) in enumerate(between[:count], 1) if probe.between[start:end] in stops]
         count = stopping[-1] if stopping else count
         if count:
