@@ -193,7 +193,7 @@ def headerless(talk: Talk, index: int) -> bool | None:
     message = talk.messages[index]
     if not any(earlier.role == "user" for earlier in before):
         return EITHER
-    says = message.content.strip() or message.thought or message.calls
+    says = message.content.strip() or message.calls
     return YES if says or before[-1].role == "user" else EITHER
 
 

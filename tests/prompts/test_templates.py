@@ -125,11 +125,24 @@ def _fault_by(encoder: ConversationEncoder, template: Template, talk: Talk, *, t
     told = [secret for secret in secrets(talk) if any(secret in run for run in trained)]
     if told:
         return f"text of others is trained: {told} in {trained}"
-    if any(kind is not None and kind != item for kind, item in zip(said, got, strict=True)):
+    wrong = [index for index, (kind, item) in enumerate(zip(said, got, strict=True)) if kind not in (None, item)]
+    if wrong and prompt.counts.get("answers_left_out") and says_nothing_beside_an_answer(talk):
+        wrong = [i for i in wrong if got[i] or fast.decode([prompt.input_ids[i]]).strip() not in template.special]
+    if wrong:
         wanted = [piece for piece, kind in runs(pieces) if kind]
         free = [piece for piece, kind in runs(pieces) if kind is None]
         return f"trained {trained}\n   not {wanted}" + (f", with or without {free}" if free else "")
     return ""
+
+
+def says_nothing_beside_an_answer(talk: Talk) -> bool:
+    """Whether an answer that is no text at all stands next to another: it may be left out, if that is counted."""
+    answers = ["", *(("nothing" if _is_empty(m) else "something") if m.answers else "" for m in talk.messages), ""]
+    return any(one == "nothing" and (answers[i] or answers[i + 2]) for i, one in enumerate(answers[1:-1]))
+
+
+def _is_empty(message: Message) -> bool:
+    return not message.calls and not message.content.strip()
 
 
 def other_text(got: str, wanted: str) -> str:
