@@ -73,7 +73,13 @@ class TurnLocator:
         """:param after: where the answer before ends."""
         room = _room_of(rendering, index)
         prompt_length = self._prompt_length(rendering, index, room)
-        if prompt_length is None and room.start <= after == room.gap_end and index:
+        answered = index > 0 and rendering.messages[index - 1].get("role") == "assistant"
+        if (
+            prompt_length is None
+            and answered
+            and room.start <= after <= room.gap_end
+            and (after == room.gap_end or not room.own)
+        ):
             prompt_length = after - room.start  # it follows another answer without a header of its own
         if prompt_length is None:
             return Turn(index, None, max(after, room.own[-1].end if room.own else room.start), ended=False)
@@ -86,9 +92,10 @@ class TurnLocator:
         elif room.own[0].text.kind is not Kind.THOUGHT:
             gap = rendering.text[start : room.gap_end]
             inserted = self._inserted_length(gap, exact=not room.own[0].text.indented)
+        next_role = rendering.messages[index + 1].get("role") if index + 1 < len(rendering.messages) else None
         end, ended = self._ends.find(
             rendering.text[body_end : room.end],
-            is_last=index == len(rendering.messages) - 1,
+            next_role=next_role,
             closing=lambda: self._closing(rendering, index),
         )
         return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
@@ -147,12 +154,12 @@ class TurnLocator:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
             shown = text[_end_of(anchor, places) :]
         except DataError:
-            return _prompt_within(gap, self._ends.header)
+            return _prompt_within(gap, self._ends.header, first=not room.own)
         if previous.get("role") not in (None, "assistant") or self._ends.is_asking(shown):
             self._prompts[key] = shown
             if rendering.text.startswith(shown, room.start):
                 return len(shown)
-        return _prompt_within(gap, self._generation_prompt(rendering, index, text))
+        return _prompt_within(gap, self._generation_prompt(rendering, index, text), first=not room.own)
 
     def _generation_prompt(self, rendering: Rendering, index: int, prompted: str) -> str:
         """What asking for an answer adds to the messages before it; that of a plain conversation if they refuse."""
@@ -217,20 +224,24 @@ def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
     raise DataError("the chat template leaves the text before the answer out of its prompt")
 
 
-def _prompt_within(gap: str, prompt: str) -> int | None:
+def _prompt_within(gap: str, prompt: str, *, first: bool) -> int | None:
     """The end, in ``gap``, of the longest beginning of ``prompt`` that stands in it; None if that is no part of it.
 
     A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough; it is no part
     of a tag.
+
+    :param first: where it stands several times, the first counts (an empty answer may follow), else the last.
     """
+    enough = before_thinking(prompt)
     best_length, best_end = 0, None
     for position in range(len(gap)):
         length = _common_prefix_length(gap[position:], prompt)
         if 0 < length < len(prompt):
             length = len(_OPEN_TAG.sub("", prompt[:length]))
+        if length and first and length >= len(enough):
+            return position + length
         if length and length >= best_length:
             best_length, best_end = length, position + length
-    enough = before_thinking(prompt)
     return best_end if best_length and best_length >= len(enough) else None
 
 

@@ -54,7 +54,7 @@ class TemplateRenderer:
         self._arguments = arguments
         self._date = date
         self.source = TemplateSource(tokenizer.template)
-        self._no_better: set[frozenset[tuple[str, Kind, str]]] = set()
+        self._no_better: set[frozenset[tuple[str, Kind]]] = set()
 
     def render(self, conversation: Conversation) -> Rendering:
         """:raises DataError: the template refuses the conversation in every form."""
@@ -95,7 +95,8 @@ class TemplateRenderer:
         return self._ask(rendering.messages[:count], rendering, add_generation_prompt=add_generation_prompt)
 
     def _may_be_better(self, rendering: Rendering) -> bool:
-        return _loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better
+        garbled = any(_is_garbled(rendering, place) for place in rendering.places or ())
+        return garbled or (_loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better)
 
     def _render_form(self, conversation: Conversation, messages: Sequence[Message]) -> Rendering:
         arguments = {**self._arguments, **conversation.template_arguments}
@@ -130,13 +131,8 @@ class TemplateRenderer:
         ).text
 
 
-def _lost_kinds(rendering: Rendering) -> frozenset[tuple[str, Kind, str]]:
-    garbled = (place.text for place in rendering.places or () if _is_garbled(rendering, place))
-    return frozenset(
-        (str(rendering.messages[text.message].get("role")), text.kind, state)
-        for state, texts in (("lost", rendering.lost), ("garbled", garbled))
-        for text in texts
-    )
+def _lost_kinds(rendering: Rendering) -> frozenset[tuple[str, Kind]]:
+    return frozenset((str(rendering.messages[text.message].get("role")), text.kind) for text in rendering.lost)
 
 
 def _loss(rendering: Rendering) -> int:

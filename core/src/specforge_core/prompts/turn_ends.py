@@ -70,19 +70,22 @@ class TurnEnds:
             position = end
         return text[position:].lstrip()
 
-    def find(self, gap: str, *, is_last: bool, closing: Callable[[], str]) -> tuple[int, bool]:
+    def find(self, gap: str, *, next_role: str | None, closing: Callable[[], str]) -> tuple[int, bool]:
         """How much of ``gap``, what follows an answer's own text, belongs to its turn, and whether a token ends it.
 
-        :param is_last: whether nothing follows but the end of the text.
+        :param next_role: of the message that follows; None if none does.
         :param closing: what follows the answer where it is the last message.
         """
         found = self._find_specials(gap)
-        for start, end in found:
-            if gap[start:end] in self._ending:
+        most = gap.find(self.header) if next_role == "assistant" and self.header in gap else len(gap)
+        ends = [end for start, end in found if gap[start:end] in self._ending and end <= most]
+        for end in ends:
+            goes_on = self.header and next_role != "assistant" and gap.startswith(self.header, end)
+            if not goes_on or end == ends[-1]:  # otherwise the same answer goes on, in another channel say
                 return end, True
-        if found and is_last:
+        if found and next_role is None:
             return _end_of_run(found, gap), True
-        body = gap if is_last else _common_prefix(gap, closing())
+        body = gap if next_role is None else _common_prefix(gap, closing())
         closed = [end for _, end in found if end <= len(body)]
         if closed:
             return closed[-1], True
