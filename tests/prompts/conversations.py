@@ -63,6 +63,7 @@ def fixed(template: Template) -> Iterator[tuple[str, Talk]]:
         yield name, Talk(messages)
     for name, messages in QUOTING.items() if template.quoting else ():
         yield name, Talk([replace(m, content=_quoted(m.content, template)) for m in messages])
+    yield "contents as parts", Talk(PLAIN["two rounds"], form="parts")
     if template.system:
         system = Message("system", "Be brief, Q7777Q.")
         yield "system", Talk([system, ask(1), answer("It is one.")])

@@ -65,10 +65,10 @@ def tokenizer_of(template: Template, *, told_stops: bool) -> Any:
     return fast
 
 
-def new_encoder(template: Template, *, told_stops: bool) -> ConversationEncoder:
+def new_encoder(template: Template, *, told_stops: bool, **chosen: Any) -> ConversationEncoder:
     fast = tokenizer_of(template, told_stops=told_stops)
     stops = [fast.convert_tokens_to_ids(text) for text in template.stops] if told_stops else []
-    settings = DataSection(train=["rows.jsonl"], max_length=1 << 20, date=datetime.date(*DATE))
+    settings = DataSection(train=["rows.jsonl"], max_length=1 << 20, date=datetime.date(*DATE), **chosen)
     return ConversationEncoder(HfChatTokenizer(fast, "test", stop_token_ids=stops), settings)
 
 
@@ -126,7 +126,7 @@ def _fault_by(encoder: ConversationEncoder, template: Template, talk: Talk, *, t
     if told:
         return f"text of others is trained: {told} in {trained}"
     wrong = [index for index, (kind, item) in enumerate(zip(said, got, strict=True)) if kind not in (None, item)]
-    if wrong and prompt.counts.get("answers_left_out") and says_nothing_beside_an_answer(talk):
+    if wrong and prompt.counts.get("answers_left_out") and holds_an_empty_answer(talk):
         wrong = [i for i in wrong if got[i] or fast.decode([prompt.input_ids[i]]).strip() not in template.special]
     if wrong:
         wanted = [piece for piece, kind in runs(pieces) if kind]
@@ -135,14 +135,9 @@ def _fault_by(encoder: ConversationEncoder, template: Template, talk: Talk, *, t
     return ""
 
 
-def says_nothing_beside_an_answer(talk: Talk) -> bool:
-    """Whether an answer that is no text at all stands next to another: it may be left out, if that is counted."""
-    answers = ["", *(("nothing" if _is_empty(m) else "something") if m.answers else "" for m in talk.messages), ""]
-    return any(one == "nothing" and (answers[i] or answers[i + 2]) for i, one in enumerate(answers[1:-1]))
-
-
-def _is_empty(message: Message) -> bool:
-    return not message.calls and not message.content.strip()
+def holds_an_empty_answer(talk: Talk) -> bool:
+    """Whether an answer is no text at all: it may be left out, if that is counted."""
+    return any(message.answers and not message.calls and not message.content.strip() for message in talk.messages)
 
 
 def other_text(got: str, wanted: str) -> str:
@@ -192,6 +187,32 @@ def test_random_conversations_are_trained_as_the_oracle_says(name: str, pytestco
         if len(faults) >= 5:
             break
     assert not faults, "\n".join(["", *faults, f"seed {seed}"])
+
+
+@pytest.mark.parametrize("name", list(oracles.TABLE))
+def test_samples_of_turns_are_conversations_that_end_with_their_answers(name: str) -> None:
+    template = oracles.TABLE[name]
+    encoder = new_encoder(template, told_stops=True, samples="turn")
+    fast = tokenizer_of(template, told_stops=True)
+    for number in range(15):
+        talk = random_talk(template, Random(f"{name} turns {number}"))
+        if expected_pieces(template, talk) is None:
+            continue
+        parts = [replace(talk, messages=talk.messages[: n + 1]) for n, m in enumerate(talk.messages) if m.answers]
+        conversation = Conversation(talk.rows(), list(talk.tools) or None, template_arguments=talk.arguments)
+        prompts = encoder.encode(conversation, where=WHERE)
+        assert len(prompts) == len(parts)
+        for part, prompt in zip(parts, prompts, strict=True):
+            pieces = expected_pieces(template, part)
+            assert pieces is not None
+            encoded = fast("".join(p for p, _ in pieces), add_special_tokens=False, return_offsets_mapping=True)
+            assert list(prompt.input_ids) == encoded["input_ids"]
+            kinds = [trained for piece, trained in pieces for _ in piece]
+            said = [kinds[start] for start, _ in encoded["offset_mapping"]]
+            first = prompt.loss_mask.index(1) if 1 in prompt.loss_mask else len(said)
+            assert 1 in prompt.loss_mask or not part.messages[-1].content.strip(), f"talk {number}: {part}"
+            wrong = [n for n in range(first, len(said)) if said[n] not in (None, bool(prompt.loss_mask[n]))]
+            assert not wrong, f"talk {number}: {trained_texts(fast, prompt.input_ids, prompt.loss_mask)} of {pieces}"
 
 
 @pytest.mark.parametrize("name", list(oracles.TABLE))
