@@ -141,13 +141,13 @@ def _loss(rendering: Rendering) -> int:
     if rendering.places is None:
         return 1 << 30
     lost = sum(text.kind is not Kind.THOUGHT for text in rendering.lost)
-    return lost + sum(_is_garbled(rendering, place) for place in rendering.places)
+    listed = any(isinstance(message.get("content"), list) for message in rendering.messages)
+    written = listed and "{'type': 'text'" in rendering.text  # parts, as Python writes them
+    return lost + written + sum(_is_garbled(rendering, place) for place in rendering.places)
 
 
 def _is_garbled(rendering: Rendering, place: Place) -> bool:
-    """A part that is written as Python writes a dict, or a call's JSON text that is quoted once more."""
-    if rendering.text.endswith(("'text': '", "'text': \""), 0, place.start):
-        return True
+    """A call's JSON text that is quoted once more."""
     call = place.text.kind is Kind.CALL and place.text.text.startswith("{")
     return call and rendering.text[place.start : place.end].strip() != place.text.text
 
