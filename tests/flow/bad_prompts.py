@@ -78,8 +78,8 @@ TABLE = [
     ),
     BadInput(
         "role unknown",
-        _turns(ASK, {**ANSWER, "role": "bot"}),
-        ("prompts.jsonl:2: messages[1].role", "'bot'", "roles are"),
+        _turns(ASK, {**ANSWER, "role": "teacher"}),
+        ("prompts.jsonl:2: messages[1].role", "'teacher'", "roles are"),
     ),
     BadInput(
         "turn without content",
@@ -107,5 +107,5 @@ TABLE = [
         ("run/features/train/prompts", "holds other files", "their own directory"),
     ),
     BadInput("directory that is no dataset", _no_dataset, ("folder", "not a dataset on disk", "JSONL")),
-    BadInput("directory that is empty", _empty_directory, ("folder", "empty directory", "correct data's paths")),
+    BadInput("directory that is empty", _empty_directory, ("folder", "holds no data files", "name a JSONL file")),
 ]
