@@ -66,7 +66,7 @@ def hub_files(source: HubSource, suffixes: Sequence[str]) -> list[tuple[Path, st
 def _asking(source: HubSource) -> Iterator[None]:
     """What the hub's package raises is an error of ours."""
     try:
-        from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
         raise DataError(
             "data sets of the hub need the huggingface_hub package",
@@ -75,7 +75,7 @@ def _asking(source: HubSource) -> Iterator[None]:
         ) from error
     try:
         yield
-    except (*_failures(), CachedRepoTreeNotFoundError) as error:
+    except _failures() as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403, 404):
             raise DataError(
@@ -92,10 +92,10 @@ def _asking(source: HubSource) -> Iterator[None]:
 
 def _failures() -> tuple[type[Exception], ...]:
     """What the hub's package raises: the errors of its HTTP client too, whichever it is built on."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
 
     transport = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
-    return (OSError, ValueError, *transport)
+    return (OSError, ValueError, CachedRepoTreeNotFoundError, *transport)
 
 
 def _list_files(source: HubSource) -> _Listing:
