@@ -182,6 +182,8 @@ def _with_system(turns: Turns, fields: Fields, exchange: Exchange) -> Turns:
 def _from_row_or_call(fields: Fields, exchange: Exchange, key: str) -> tuple[Any, str]:
     if fields.peek(key) is not None:
         return from_text(fields.get(key), fields.place(key)), fields.place(key)
+    if not exchange.asked:
+        return None, ""
     place = f"{exchange.asked_place}.{key}"
     return from_text(exchange.asked.get(key), place), place
 

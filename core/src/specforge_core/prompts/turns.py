@@ -88,8 +88,21 @@ def parse_turns(value: Any, where: str, *, keys: Mapping[str, str] | None = None
         place = places[index] if places else f"{where}[{index}]"
         if not isinstance(given, dict):
             raise DataError(f"is a {type(given).__name__}", where=place, hint=_HINT)
-        turns.listed.append(_parse_turn(given, place, keys or {}, turns.unused))
+        turn = _plain_turn(given, place) if not keys else None
+        turns.listed.append(turn or _parse_turn(given, place, keys or {}, turns.unused))
     return turns
+
+
+def _plain_turn(given: Mapping[str, Any], where: str) -> Turn | None:
+    """Most turns are a role and a text, and nothing has to be looked for in them."""
+    if len(given) != 2:
+        return None
+    role, content = given.get("role") or given.get("from"), given.get("content") or given.get("value")
+    if not isinstance(content, str) or not isinstance(role, str) or role in _CALL_ROLES or role not in ROLES:
+        return None
+    if not content.isascii():
+        check_value(content, f"{where}.{'content' if 'content' in given else 'value'}")
+    return Turn({"role": ROLES[role], "content": content}, where)
 
 
 def _parse_turn(given: Mapping[str, Any], where: str, keys: Mapping[str, str], unused: set[str]) -> Turn:
