@@ -71,7 +71,7 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
     assert len(prepare([tmp_path / "both" / "train"], tmp_path / "set2")) == 2
     with pytest.raises(DataError, match=r"several splits: test, train .*both/test"):
         prepare([tmp_path / "both"], tmp_path / "set3")
-    with pytest.raises(DataError, match="not a dataset on disk"):
+    with pytest.raises(DataError, match="several splits"):
         list(read_rows([tmp_path]))
 
 
@@ -159,7 +159,7 @@ def test_token_counts_are_of_trained_positions(tmp_path: Path) -> None:
 ROWS = {
     "not JSON": ("{", "x.jsonl:2: is not JSON"),
     "a list": ([1], "x.jsonl:2: is a JSON list"),
-    "no known key": ({"text": "a"}, "x.jsonl:2: has none of messages, conversations, input_ids; its keys are text"),
+    "no known key": ({"text": "a"}, "x.jsonl:2: has none of messages, conversations, prompt with completion"),
     "no mask": ({"input_ids": [1]}, "x.jsonl:2: loss_mask: is missing"),
     "odd mask": ({"input_ids": [1], "loss_mask": [2]}, "x.jsonl:2: loss_mask: is missing or not a list of 0 and 1"),
     "short mask": ({"input_ids": [1, 2], "loss_mask": [1]}, "x.jsonl:2: loss_mask: has 1 entries, input_ids 2"),
@@ -172,7 +172,7 @@ ROWS = {
     "no content": ({"messages": [TALK[0], {"role": "assistant"}]}, "messages[1].content: is missing or not text"),
     "ShareGPT without value": ({"conversations": [{"from": "human"}]}, "conversations[0].value: is missing"),
     "half a surrogate": ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content: holds half"),
-    "tool calls": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "tool calls are not"),
+    "tool call": ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls[0]: is a int"),
     "same id": ({**TOKENS, "id": "first"}, "x.jsonl:2: id 'first' is also that of"),
     "vocabulary": ({**TOKENS, "input_ids": [1, 2, 3, 100]}, "x.jsonl:2: vocabulary mismatch: token id 100 in sample x"),
 }

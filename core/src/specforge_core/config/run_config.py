@@ -8,10 +8,11 @@ against the chosen plugin's own section by ``config.plan``.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from specforge_core.config.sections import Section
 
@@ -47,15 +48,24 @@ class HubSource(Section):
     config: str | None = Field(None, min_length=1, max_length=200, description="default: the data set's only or own")
 
 
+def _kind_of_source(given: object) -> str:
+    return "hub data set" if isinstance(given, (Mapping, HubSource)) else "path"
+
+
+DataSource = Annotated[
+    Annotated[Path, Tag("path")] | Annotated[HubSource, Tag("hub data set")], Discriminator(_kind_of_source)
+]
+
+
 class DataSection(Section):
     """Where prompts come from and how they become token ids and loss masks."""
 
-    train: list[Path | HubSource] = Field(
+    train: list[DataSource] = Field(
         min_length=1,
         description="files (JSON lines or arrays, also .gz and .zst, parquet, arrow), datasets on disk, folders, "
         "patterns such as data/*.jsonl, and {hub: org/name, revision, split, config}",
     )
-    eval: list[Path | HubSource] = Field(default=[], description="held-out prompts; captured once and kept")
+    eval: list[DataSource] = Field(default=[], description="held-out prompts; captured once and kept")
     mapping: dict[str, str] = Field(
         default={}, description="the rows' own keys for what is read of them, such as {messages: dialogue, tools: apis}"
     )

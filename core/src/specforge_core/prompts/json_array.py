@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ from specforge_core.contracts.redaction import show_value
 from specforge_core.prompts.raw_rows import MAX_ROW_BYTES, too_long
 
 _CHUNK = 64 << 10
-_SPACE = " \t\n\r"
+_SPACES = re.compile(r"[ \t\n\r]*")
 _SHOWN_CHARACTERS = 200
 _NEAR_END = 16
 """Characters: an error so near the end of what was read may only mean that the rest is not there yet."""
@@ -81,11 +82,11 @@ class ArrayReader:
         """The next character that is no space, not taken yet; empty at the end of the file."""
         skipped = 0
         while True:
-            while self._at < len(self._buffer):
-                if self._buffer[self._at] not in _SPACE:
-                    return self._buffer[self._at]
-                self._at += 1
-                skipped += 1
+            begin = self._at
+            self._at = _SPACES.match(self._buffer, begin).end()  # type: ignore[union-attr]
+            if self._at < len(self._buffer):
+                return self._buffer[self._at]
+            skipped += self._at - begin
             if skipped > MAX_ROW_BYTES:
                 raise self._refuse(f"{skipped} spaces one after the other", number)
             if self._ended:

@@ -56,13 +56,14 @@ def prepare_prompts(
 def _prepare(sources: Sequence[Path | HubSource], directory: Path, work: _Preparation, progress: Progress) -> PromptSet:
     remove_leftovers(directory)
     known = _known_sources(directory)
-    entries = [_describe_source(file, known) for file in find_files(sources)]
+    files = find_files(sources)
+    entries = [_describe_source(file, known) for file in files]
     prepared = _reopen(directory, entries, work)
     if prepared is not None:
         return prepared
     progress.begin("preparing", work.max_prompts)
     with PromptSetWriter(directory) as writer:
-        for count, row in enumerate(read_rows(sources, work.mapping), start=1):
+        for count, row in enumerate(read_rows(files, work.mapping), start=1):
             if isinstance(row, BadRow):
                 raise row.error
             if work.max_prompts is not None and writer.prompts >= work.max_prompts:
