@@ -169,6 +169,33 @@ class EvaluationSection(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="default: training.micro_batch_size")
 
 
+class RegenerateSection(Section):
+    """Answers made by the target itself: what a draft learns most from."""
+
+    output: Path | None = Field(None, description="where the answers go; default: regenerated/ in the run directory")
+    turns: Literal["all", "last"] = Field(
+        "all", description="all: every answer, each upon the target's own answers before it; last: the last one alone"
+    )
+    servers: list[str] = Field(
+        default=[],
+        description="addresses of servers with an OpenAI-compatible API, such as http://host:8000/v1; "
+        "default: the target engine in this process",
+    )
+    model: str | None = Field(None, description="the model's name on the servers; default: the only one they have")
+    api_key_file: Path | None = Field(None, description="file with the servers' key; default: no key")
+    concurrency: int = Field(64, ge=1, le=4096, description="requests in flight, over all servers")
+    timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one answer")
+    retries: int = Field(5, ge=0, description="further tries of a request that failed")
+    temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: leave it out")
+    max_tokens: int = Field(1024, ge=1, description="tokens per answer; a longer one is cut and marked")
+    thinking: Literal["template", "on", "off", "mixed"] = Field(
+        "template", description="template: as the chat template does by itself; mixed: on for half of the conversations"
+    )
+    batch_size: int = Field(32, ge=1, description="answers that an engine in this process makes at once")
+
+
 class BenchSection(Section):
     """Real greedy speculative decoding against plain decoding of the same target."""
 
@@ -198,4 +225,5 @@ class RunConfig(Section):
     loading: LoadingSection = LoadingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
+    regenerate: RegenerateSection = RegenerateSection()
     bench: BenchSection = BenchSection()
