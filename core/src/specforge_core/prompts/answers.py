@@ -33,12 +33,14 @@ class Turn:
 
     :param message: which message it is.
     :param start: where its trained text begins; None where that cannot be told.
+    :param body_end: where its own texts end; what ends the turn follows.
     :param ended: whether it ends with a token that ends turns.
     :param inserted: whether an empty thinking block was inserted before it.
     """
 
     message: int
     start: int | None
+    body_end: int
     end: int
     ended: bool
     inserted: bool = False
@@ -60,29 +62,26 @@ class TurnLocator:
         if rendering.places is None:
             return self._locate_by_prefixes(rendering)
         turns: list[Turn] = []
-        after = 0
+        before = None
         for index, message in enumerate(rendering.messages):
             if message.get("role") != "assistant":
                 continue
-            turn = self._locate_turn(rendering, index, after)
-            turns.append(turn)
-            after = turn.end
+            before = self._locate_turn(rendering, index, before)
+            turns.append(before)
         return turns
 
-    def _locate_turn(self, rendering: Rendering, index: int, after: int) -> Turn:
-        """:param after: where the answer before ends."""
+    def _locate_turn(self, rendering: Rendering, index: int, before: Turn | None) -> Turn:
+        """:param before: the assistant turn before."""
         room = _room_of(rendering, index)
-        prompt_length = self._prompt_length(rendering, index, room)
+        prompt_length = self._prompt_length(rendering, index, room, least=before.body_end if before else 0)
+        after = before.end if before else 0
         answered = index > 0 and rendering.messages[index - 1].get("role") == "assistant"
-        if (
-            prompt_length is None
-            and answered
-            and room.start <= after <= room.gap_end
-            and (after == room.gap_end or not room.own)
-        ):
+        between = rendering.text[after : room.gap_end] if room.own else ""
+        if prompt_length is None and answered and room.start <= after <= room.gap_end and not between.strip():
             prompt_length = after - room.start  # it follows another answer without a header of its own
         if prompt_length is None:
-            return Turn(index, None, max(after, room.own[-1].end if room.own else room.start), ended=False)
+            end = max(after, room.own[-1].end if room.own else room.start)
+            return Turn(index, None, end, end, ended=False)
         start = room.start + prompt_length
         body_end = max(room.own[-1].end if room.own else start, start)
         inserted = 0
@@ -98,7 +97,7 @@ class TurnLocator:
             next_role=next_role,
             closing=lambda: self._closing(rendering, index),
         )
-        return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
+        return Turn(index, start + inserted, body_end, body_end + end, ended, inserted=bool(inserted))
 
     def _inserted_length(self, gap: str, *, exact: bool) -> int:
         """The length of the empty thinking block that ``gap`` begins with.
@@ -131,16 +130,20 @@ class TurnLocator:
             except DataError:
                 prompt = until = "\0"
             if not rendering.text.startswith(prompt) or not until.startswith(prompt):
-                turns.append(Turn(index, None, 0, ended=False))
+                turns.append(Turn(index, None, 0, 0, ended=False))
                 continue
             until = until[: _common_prefix_length(until, rendering.text)]
             inserted = self._inserted_length(until[len(prompt) :], exact=True)
             end, ended = self._ends.find_last(until[len(prompt) :])
-            turns.append(Turn(index, len(prompt) + inserted, len(prompt) + end, ended, inserted=bool(inserted)))
+            end += len(prompt)
+            turns.append(Turn(index, len(prompt) + inserted, end, end, ended, inserted=bool(inserted)))
         return turns
 
-    def _prompt_length(self, rendering: Rendering, index: int, room: _Room) -> int | None:
-        """How much of what follows the last text before an answer its prompt would show."""
+    def _prompt_length(self, rendering: Rendering, index: int, room: _Room, *, least: int) -> int | None:
+        """How much of what follows the last text before an answer its prompt would show.
+
+        :param least: where the prompt's header may begin.
+        """
         gap, anchor = rendering.text[room.start : room.gap_end], room.anchor
         previous = rendering.messages[index - 1] if index else {}
         key = (
@@ -158,12 +161,14 @@ class TurnLocator:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
             shown = text[_end_of(anchor, places) :]
         except DataError:
-            return _prompt_within(gap, self._ends.header, first=not room.own)
-        if previous.get("role") not in (None, "assistant") or self._ends.is_asking(shown):
+            return _prompt_within(gap, self._ends.header, first=not room.own, least=least - room.start)
+        if previous.get("role") in ("user", "tool") or self._ends.is_asking(shown):
             self._prompts[key] = shown
             if rendering.text.startswith(shown, room.start):
                 return len(shown)
-        return _prompt_within(gap, self._generation_prompt(rendering, index, text), first=not room.own)
+        return _prompt_within(
+            gap, self._generation_prompt(rendering, index, text), first=not room.own, least=least - room.start
+        )
 
     def _generation_prompt(self, rendering: Rendering, index: int, prompted: str) -> str:
         """What asking for an answer adds to the messages before it; that of a plain conversation if they refuse."""
@@ -231,7 +236,7 @@ def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
     raise DataError("the chat template leaves the text before the answer out of its prompt")
 
 
-def _prompt_within(gap: str, prompt: str, *, first: bool) -> int | None:
+def _prompt_within(gap: str, prompt: str, *, first: bool, least: int) -> int | None:
     """The end, in ``gap``, of the longest beginning of ``prompt`` that stands in it; None if that is no part of it.
 
     A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough; it is no part
@@ -241,7 +246,7 @@ def _prompt_within(gap: str, prompt: str, *, first: bool) -> int | None:
     """
     enough = before_thinking(prompt)
     best_length, best_end = 0, None
-    for position in range(len(gap)):
+    for position in range(max(least, 0), len(gap)):
         length = _common_prefix_length(gap[position:], prompt)
         if 0 < length < len(prompt):
             length = len(_OPEN_TAG.sub("", prompt[:length]))

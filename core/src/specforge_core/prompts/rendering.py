@@ -96,7 +96,8 @@ class TemplateRenderer:
 
     def _may_be_better(self, rendering: Rendering) -> bool:
         garbled = any(_is_garbled(rendering, place) for place in rendering.places or ())
-        return garbled or (_loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better)
+        unknown = rendering.places is None
+        return unknown or garbled or (_loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better)
 
     def _render_form(self, conversation: Conversation, messages: Sequence[Message]) -> Rendering:
         arguments = {**self._arguments, **conversation.template_arguments}
