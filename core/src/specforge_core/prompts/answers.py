@@ -11,8 +11,9 @@ that ends turns in this template (``turn_ends``), or, where it has none, with th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
@@ -52,10 +53,36 @@ class TurnLocator:
     def __init__(self, renderer: TemplateRenderer, ends: TurnEnds):
         self._renderer = renderer
         self._ends = ends
-        self._prompts: dict[tuple[object, ...], str] = {}
-        """What follows the last text of the prompt of an answer, by what stands before it."""
-        self._blocks: set[str] = set()
-        """Empty thinking blocks that the template inserts."""
+        self._plain_prompts = frozenset(self._probe_prompts())
+
+    @cached_property
+    def _blocks(self) -> frozenset[str]:
+        """The empty thinking block that the template inserts before a plain answer, if it does."""
+        rendering = self._render_plain("user", "assistant")
+        if rendering is None or not rendering.places:
+            return frozenset()
+        room = _room_of(rendering, 1)
+        header = self._prompt_length(rendering, 1, room, least=0) or 0
+        gap = rendering.text[room.start + header : room.gap_end]
+        return frozenset({gap[: _block_length(gap)]} - {""})
+
+    def _probe_prompts(self) -> Iterator[str]:
+        """What follows a question in its prompt, in plain conversations: most rows have just that."""
+        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+            rendering = self._render_plain(*roles)
+            if rendering is None or not rendering.places:
+                continue
+            try:
+                prompt, places = self._renderer.first_messages(rendering, len(roles), add_generation_prompt=True)
+                yield prompt[_end_of(rendering.places[-1], places) :]
+            except DataError:
+                continue
+
+    def _render_plain(self, *roles: str) -> Rendering | None:
+        try:
+            return self._renderer.render(Conversation([{"role": role, "content": f"plain {role}"} for role in roles]))
+        except DataError:
+            return None
 
     def locate(self, rendering: Rendering) -> list[Turn]:
         """The assistant turns of a rendering, in order."""
@@ -106,14 +133,7 @@ class TurnLocator:
             follow, and a block that is known tells where it begins.
         """
         length = _block_length(gap)
-        if length and exact:
-            self._blocks.add(gap[:length])
-        elif length:
-            if not self._blocks:
-                plain = Conversation(
-                    [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-                )
-                self.locate(self._renderer.render(plain))
+        if length and not exact:
             length = max((len(block) for block in self._blocks if gap.startswith(block)), default=length)
         return length
 
@@ -146,26 +166,17 @@ class TurnLocator:
         """
         gap, anchor = rendering.text[room.start : room.gap_end], room.anchor
         previous = rendering.messages[index - 1] if index else {}
-        key = (
-            *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
-            *(
-                rendering.tools is None,
-                str(rendering.arguments),
-                index > 1 and rendering.messages[index - 2].get("role"),
-            ),
-        )
-        known = self._prompts.get(key)
-        if known is not None and known == gap and not has_thinking(known):  # which texts often decide about
+        plain = previous.get("role") == "user" and rendering.tools is None and not rendering.own_arguments
+        if plain and gap in self._plain_prompts and not has_thinking(gap):  # texts often decide about thinking
             return len(gap)
         try:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
             shown = text[_end_of(anchor, places) :]
         except DataError:
             return _prompt_within(gap, self._ends.header, first=not room.own, least=least - room.start)
-        if previous.get("role") in ("user", "tool") or self._ends.is_asking(shown):
-            self._prompts[key] = shown
-            if rendering.text.startswith(shown, room.start):
-                return len(shown)
+        asks = previous.get("role") in ("user", "tool") or self._ends.is_asking(shown)
+        if asks and rendering.text.startswith(shown, room.start):
+            return len(shown)
         return _prompt_within(
             gap, self._generation_prompt(rendering, index, text), first=not room.own, least=least - room.start
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specforge_core.contracts import ChatTokenizer, DataError
@@ -30,6 +30,7 @@ class Rendering:
     :param messages: as the template got them.
     :param places: where their texts stand; None where the template looks into texts so that marks change its ways.
     :param marked: the template's own marks, as it gives them.
+    :param arguments: variables of the template; ``own_arguments``: whether the row has some of its own.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Rendering:
     lost: Sequence[MarkedText]
     tools: Sequence[Mapping[str, Any]] | None
     arguments: Mapping[str, Any]
+    own_arguments: bool
     marks: MarkedMessages | None
 
 
@@ -54,7 +56,6 @@ class TemplateRenderer:
         self._arguments = arguments
         self._date = date
         self.source = TemplateSource(tokenizer.template)
-        self._no_better: set[frozenset[tuple[str, Kind]]] = set()
 
     def render(self, conversation: Conversation) -> Rendering:
         """:raises DataError: the template refuses the conversation in every form."""
@@ -63,7 +64,7 @@ class TemplateRenderer:
             best = self._render_form(conversation, conversation.messages)
         except DataError as error:
             refused = error
-        if best is not None and not self._may_be_better(best):
+        if best is not None and not _loss(best):
             return best
         for messages in _other_forms(conversation.messages):
             try:
@@ -75,8 +76,6 @@ class TemplateRenderer:
         if best is None:
             assert refused is not None
             raise refused
-        if _loss(best):
-            self._no_better.add(_lost_kinds(best))
         return best
 
     def first_messages(
@@ -94,11 +93,6 @@ class TemplateRenderer:
         """As :meth:`first_messages`, without marks."""
         return self._ask(rendering.messages[:count], rendering, add_generation_prompt=add_generation_prompt)
 
-    def _may_be_better(self, rendering: Rendering) -> bool:
-        garbled = any(_is_garbled(rendering, place) for place in rendering.places or ())
-        unknown = rendering.places is None
-        return unknown or garbled or (_loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better)
-
     def _render_form(self, conversation: Conversation, messages: Sequence[Message]) -> Rendering:
         arguments = {**self._arguments, **conversation.template_arguments}
         plain = self._tokenizer.render(
@@ -109,7 +103,17 @@ class TemplateRenderer:
                 f"the chat template makes {len(plain.text)} characters of it, {MAX_TEXT_CHARACTERS} are the most",
                 hint="split the conversation: a prompt is cut at data.max_length tokens anyway",
             )
-        unmarked = Rendering(plain.text, messages, None, plain.marked, (), conversation.tools, arguments, None)
+        unmarked = Rendering(
+            text=plain.text,
+            messages=messages,
+            places=None,
+            marked=plain.marked,
+            lost=(),
+            tools=conversation.tools,
+            arguments=arguments,
+            own_arguments=bool(conversation.template_arguments),
+            marks=None,
+        )
         for marking in Marking:
             marks = MarkedMessages(messages, literals=self.source.literals, marking=marking)
             try:
@@ -119,7 +123,7 @@ class TemplateRenderer:
             if text == plain.text and not overlap(places):
                 found = {id(place.text) for place in places}
                 lost = [text for text in marks.texts if id(text) not in found]
-                return Rendering(plain.text, messages, places, plain.marked, lost, conversation.tools, arguments, marks)
+                return replace(unmarked, places=places, lost=lost, marks=marks)
         return unmarked
 
     def _ask(self, messages: Sequence[Message], like: Rendering, *, add_generation_prompt: bool) -> str:
@@ -130,10 +134,6 @@ class TemplateRenderer:
             arguments=like.arguments,
             date=self._date,
         ).text
-
-
-def _lost_kinds(rendering: Rendering) -> frozenset[tuple[str, Kind]]:
-    return frozenset((str(rendering.messages[text.message].get("role")), text.kind) for text in rendering.lost)
 
 
 def _loss(rendering: Rendering) -> int:

@@ -20,6 +20,8 @@ from specforge_core.prompts.rendering import Rendering, TemplateRenderer
 THINKING_TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
 """An opening or closing tag around thoughts, in any of the styles that models use."""
 
+_LAST_BLOCK = re.compile(rf"(?:\s*{THINKING_TAG})*\s*$", re.IGNORECASE)
+
 _QUESTIONS = ("first probing question", "second probing question")
 _ANSWERS = ("first probing answer", "second probing answer")
 
@@ -59,7 +61,7 @@ class TurnEnds:
 
     def is_asking(self, prompt: str) -> bool:
         """Whether it ends with an answer's header, where this template asks for answers by one."""
-        return self._asks in prompt
+        return _LAST_BLOCK.sub("", prompt).endswith(self._asks)
 
     def without_end(self, text: str) -> str:
         """Without the whitespace and the ends of turns that it begins with."""
