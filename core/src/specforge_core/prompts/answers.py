@@ -132,7 +132,7 @@ class TurnLocator:
         :param exact: whether ``gap`` ends where the template's own text ends. Otherwise whitespace of the answer may
             follow, and a block that is known tells where it begins.
         """
-        length = _block_length(gap)
+        length = _block_length(gap) if gap else 0
         if length and not exact:
             length = max((len(block) for block in self._blocks if gap.startswith(block)), default=length)
         return length
