@@ -18,7 +18,8 @@ import pyarrow as pa
 import pytest
 from specforge_core.contracts import DataError
 from specforge_core.prompts.loss_mask import ConversationEncoder
-from specforge_core.prompts.reader import MAX_ROW_BYTES, read_rows
+from specforge_core.prompts.raw_rows import MAX_ROW_BYTES
+from specforge_core.prompts.rows import BadRow, read_rows
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.tokenizer import load_tokenizer
 
@@ -28,7 +29,13 @@ GOOD = json.dumps(TOKENS)
 
 
 def rows(path: Path) -> list[Any]:
-    return list(read_rows([path]))
+    """All rows; the first bad one is an error."""
+    found = []
+    for row in read_rows([path]):
+        if isinstance(row, BadRow):
+            raise row.error
+        found.append(row)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -160,7 +167,7 @@ def test_pictures_are_neither_fetched_nor_opened(tmp_path: Path) -> None:
         info = json.loads((directory / "dataset_info.json").read_text())
         info["features"] = {"picture": {"_type": "Image"}, "sound": {"_type": "Audio"}, "messages": {"_type": "Video"}}
         (directory / "dataset_info.json").write_text(json.dumps(info))
-        assert [row.messages for row in rows(directory)] == [TALK] * 3
+        assert [row.conversation.messages for row in rows(directory)] == [TALK] * 3
         with pytest.raises(TimeoutError):
             listener.accept()
 
@@ -239,8 +246,8 @@ def test_a_row_of_a_thousand_million_entries_is_refused_unread(tmp_path: Path) -
 
 
 def test_a_dataset_without_a_column_of_prompts_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has none of the columns id, messages"):
-        rows(save(tmp_path / "ds", text=pa.array(["x"])))
+    with pytest.raises(DataError, match="has no column that a row is read from"):
+        rows(save(tmp_path / "ds", essay=pa.array(["x"])))
 
 
 def test_only_what_was_asked_for_is_read_of_many_batches(tmp_path: Path) -> None:
@@ -248,4 +255,4 @@ def test_only_what_was_asked_for_is_read_of_many_batches(tmp_path: Path) -> None
     datasets.Dataset.from_list(talks).shuffle(seed=1).save_to_disk(tmp_path / "ds", num_shards=2)
     found = rows(tmp_path / "ds")
     assert len({row.prompt_id for row in found}) == 2500
-    assert all(row.messages == TALK for row in found)
+    assert all(row.conversation.messages == TALK for row in found)

@@ -16,7 +16,7 @@ from specforge_core.contracts import DataError, DeadlineExceeded, Prompt, Silent
 from specforge_core.prompts.directory_lock import locked
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet, write_prompt_set
-from specforge_core.prompts.reader import read_rows
+from specforge_core.prompts.rows import read_rows
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.tokenizer import load_tokenizer
 

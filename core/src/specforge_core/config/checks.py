@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 
 from specforge_core.config.document import Keys
@@ -53,7 +54,7 @@ def _check_paths(parts: Composition) -> Iterator[str]:
     config = parts.loaded.config
     for key, paths in (("train", config.data.train), ("eval", config.data.eval)):
         for path in paths:
-            if not path.exists():
+            if isinstance(path, Path) and not path.exists() and not has_magic(str(path)):
                 yield f"{parts.at('data', key)}: {path} does not exist; paths are relative to {Path.cwd()}"
     if config.run.directory.exists() and not config.run.directory.is_dir():
         yield f"{parts.at('run', 'directory')}: {config.run.directory} is a file; name a directory"

@@ -33,11 +33,29 @@ class RunSection(Section):
     )
 
 
+class HubSource(Section):
+    """A data set on the Hugging Face hub: its files are fetched, none of its code is run."""
+
+    hub: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?$",
+        description="the data set's name, such as org/name",
+    )
+    revision: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,199}$", description="branch, tag or commit; default: main"
+    )
+    split: str = Field("train", min_length=1, max_length=100)
+    config: str | None = Field(None, min_length=1, max_length=200, description="default: the data set's only or own")
+
+
 class DataSection(Section):
     """Where prompts come from and how they become token ids and loss masks."""
 
-    train: list[Path] = Field(min_length=1, description="JSONL files, or Hugging Face datasets on disk")
-    eval: list[Path] = Field(default=[], description="held-out prompts; captured once and kept")
+    train: list[Path | HubSource] = Field(
+        min_length=1,
+        description="files (JSON lines or arrays, also .gz and .zst, parquet, arrow), datasets on disk, folders, "
+        "patterns such as data/*.jsonl, and {hub: org/name, revision, split, config}",
+    )
+    eval: list[Path | HubSource] = Field(default=[], description="held-out prompts; captured once and kept")
     mapping: dict[str, str] = Field(
         default={}, description="the rows' own keys for what is read of them, such as {messages: dialogue, tools: apis}"
     )

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Mapping
 
 from specforge_core.config.load import LoadedConfig
-from specforge_core.config.run_config import RunConfig
+from specforge_core.config.run_config import HubSource, RunConfig
 from specforge_core.config.sections import PluginSection
 from specforge_core.contracts.redaction import hide_secrets
 
@@ -52,6 +52,10 @@ def _core_asks(config: RunConfig) -> dict[tuple[str, str], str]:
     asked = {}
     if config.run.token_file is not None:
         asked["run", "token_file"] = f"use the secret in {config.run.token_file}"
+    for key, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        hubs = [source.hub for source in sources if isinstance(source, HubSource)]
+        if hubs:
+            asked["data", key] = f"connect to the hub and download {', '.join(hubs)}"
     if config.data.features is not None:
         asked["data", "features"] = f"keep its features in {config.data.features}"
     return asked

@@ -39,6 +39,7 @@ class SourceRow:
 
     :param where: file and row, for errors.
     :param text: the rendered text, and ``spans``: characters [start, end) of it that are trained.
+    :param cut_answers: answers that their server stopped early (``finish_reason`` length); they are not trained.
     :param unused: keys of the row that nothing was made of (``messages[].key`` for those of turns).
     """
 
@@ -49,6 +50,7 @@ class SourceRow:
     spans: Sequence[tuple[int, int]] = ()
     input_ids: Sequence[int] = ()
     loss_mask: Sequence[int] = ()
+    cut_answers: int = 0
     unused: frozenset[str] = frozenset()
 
 

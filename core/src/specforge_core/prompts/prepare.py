@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources to a prompt set, once: what was prepared before is opened again as long as nothing it came from changed.
 
-This is the stage's way in: ``reader`` gives rows, ``loss_mask`` encodes the conversations among them, ``prompt_set``
+This is the stage's way in: ``rows`` gives rows, ``loss_mask`` encodes the conversations among them, ``prompt_set``
 keeps the result. One row at a time is in memory.
 """
 
@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import ChatTokenizer, DataError, Progress, Prompt
+from specforge_core.prompts.conversation import SourceRow
 from specforge_core.prompts.directory_lock import locked
+from specforge_core.prompts.json_rows import check_line_ends
 from specforge_core.prompts.loss_mask import ConversationEncoder
 from specforge_core.prompts.prompt_manifest import DamagedPrompts, read_manifest
 from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.prompts.prompt_writer import PromptSetWriter, remove_leftovers
-from specforge_core.prompts.reader import SourceRow, read_lines, read_rows
+from specforge_core.prompts.rows import BadRow, read_rows
+from specforge_core.prompts.sources import SourceFile, find_files, is_table
 
 if TYPE_CHECKING:
-    from specforge_core.config.run_config import DataSection
+    from specforge_core.config.run_config import DataSection, HubSource
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ _REPORT_EVERY = 64
 
 
 def prepare_prompts(
-    sources: Sequence[Path],
+    sources: Sequence[Path | HubSource],
     *,
     directory: Path,
     tokenizer: Callable[[], ChatTokenizer],
@@ -50,16 +53,18 @@ def prepare_prompts(
         return _prepare(sources, directory, _Preparation(tokenizer, settings, vocab_size), progress)
 
 
-def _prepare(sources: Sequence[Path], directory: Path, work: _Preparation, progress: Progress) -> PromptSet:
+def _prepare(sources: Sequence[Path | HubSource], directory: Path, work: _Preparation, progress: Progress) -> PromptSet:
     remove_leftovers(directory)
     known = _known_sources(directory)
-    entries = [_describe_source(source, known) for source in sources]
+    entries = [_describe_source(file, known) for file in find_files(sources)]
     prepared = _reopen(directory, entries, work)
     if prepared is not None:
         return prepared
     progress.begin("preparing", work.max_prompts)
     with PromptSetWriter(directory) as writer:
-        for count, row in enumerate(read_rows(sources), start=1):
+        for count, row in enumerate(read_rows(sources, work.mapping), start=1):
+            if isinstance(row, BadRow):
+                raise row.error
             if work.max_prompts is not None and writer.prompts >= work.max_prompts:
                 break
             prompt = work.encode(row)
@@ -81,11 +86,13 @@ class _Preparation:
     def __init__(self, tokenizer: Callable[[], ChatTokenizer], settings: DataSection, vocab_size: int):
         self.make_tokenizer = tokenizer
         self.max_prompts = settings.max_prompts
+        self.mapping = settings.mapping
         self.rules: Mapping[str, Any] = {
             "max_length": settings.max_length,
             "last_turn_only": settings.last_turn_only,
             "max_prompts": settings.max_prompts,
             "vocab_size": vocab_size,
+            "mapping": settings.mapping,
         }
         self._settings = settings
         self._vocab_size = vocab_size
@@ -95,8 +102,10 @@ class _Preparation:
 
     def encode(self, row: SourceRow) -> Prompt | None:
         """The row as a prompt; None if no token of it is trained."""
-        if row.messages:
-            input_ids, mask = self._conversation_encoder().encode(row.messages, where=row.where)
+        if row.text is not None:
+            raise DataError("rendered text is not encoded yet", where=row.where, hint="give input_ids and loss_mask")
+        if row.conversation is not None and not row.input_ids:
+            input_ids, mask = self._conversation_encoder().encode(row.conversation.messages, where=row.where)
         else:
             input_ids = list(row.input_ids[: self._settings.max_length])
             mask = list(row.loss_mask[: self._settings.max_length])
@@ -145,26 +154,28 @@ def _fingerprint(entries: Sequence[Mapping[str, Any]], rules: Mapping[str, Any],
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _describe_source(source: Path, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _describe_source(source: SourceFile, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Name, file sizes and times, and a digest of the contents, which is not computed again for unchanged files."""
-    files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
-    if not files:
-        raise DataError("no such file, or an empty directory", where=str(source), hint="correct data's paths")
+    whole = source.path.is_dir()
+    files = sorted(path for path in source.path.rglob("*") if path.is_file()) if whole else [source.path]
+    if not files or not source.path.exists():
+        raise DataError("no such file, or an empty directory", where=source.name, hint="correct data's paths")
     stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    before = known.get(str(source.absolute()))
+    before = known.get(str(source.path.absolute()))
     if before is not None and before["files"] == stats:
         return dict(before)
     digest = hashlib.sha256()
     for path in files:
-        digest.update(_digest_lines(path) if source.is_file() else _digest_file(path))
-    return {"path": str(source.absolute()), "name": source.name, "files": stats, "sha256": digest.hexdigest()}
+        digest.update(_digest_file(path) if whole or is_table(path, source.name) else _digest_lines(path, source.name))
+    described = {"path": str(source.path.absolute()), "name": source.path.name, "files": stats}
+    return {**described, "sha256": digest.hexdigest(), **({"origin": dict(source.origin)} if source.origin else {})}
 
 
-def _digest_lines(path: Path) -> bytes:
+def _digest_lines(path: Path, name: str) -> bytes:
     """As ``_digest_file``; a file whose first lines have no end is refused there, however long it is."""
     digest = hashlib.sha256()
-    for _, line in read_lines(path):
-        digest.update(line)
+    for piece in check_line_ends(path, name):
+        digest.update(piece)
     return digest.digest()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 COUNTS: Mapping[str, str] = {
     "answers_trained": "assistant turns that are trained",
     "answers_untrained": "assistant turns that the row says not to train",
+    "answers_cut": "assistant turns that their server stopped early (finish_reason length): among the untrained",
     "answers_left_out": "assistant turns not trained: they cannot be told from the rest of the text",
     "ends_trained": "trained runs that end in a stop token",
     "ends_missing": "trained runs without a stop token at their end: the draft does not learn to stop there",
