@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError, SilentProgress
+from specforge_core.prompts.conversation import Conversation
+from specforge_core.prompts.encoder import ConversationEncoder
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.demo_corpus import read_corpus
 from specforge_hf_target.demo_target import prepare_within
@@ -49,8 +52,9 @@ def test_target_is_one_that_the_engine_describes(made):
     assert (info.architecture, info.num_layers, info.hidden_size) == ("Qwen3ForCausalLM", 2, 64)
     messages = json.loads(target.eval_prompts.read_text().splitlines()[0])["messages"]
     tokenizer = load_tokenizer(config)
-    ids, mask = tokenizer.encode_with_assistant_mask(messages)
-    given = tokenizer.encode(tokenizer.render(messages[:1], add_generation_prompt=True)).input_ids
+    [encoded] = ConversationEncoder(tokenizer, DataSection(train=["x"])).encode(Conversation(messages), where="")
+    ids, mask = encoded.input_ids, encoded.loss_mask
+    given = tokenizer.encode(tokenizer.render(messages[:1], add_generation_prompt=True).text).input_ids
     assert list(ids[: list(mask).index(1)]) == list(given)
     assert 0 < sum(mask) < len(ids)
     assert ids[max(i for i, trained in enumerate(mask) if trained)] in info.eos_token_ids

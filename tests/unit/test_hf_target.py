@@ -337,13 +337,13 @@ def test_hub_id_while_offline() -> None:
 def test_tokenizer_renders_encodes_and_has_a_fingerprint(tiny_model, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(HfTargetConfig(name="hf", path=str(tiny_model.path)))
     messages = [{"role": "user", "content": "grüße 👋"}]
-    text = tokenizer.render(messages, add_generation_prompt=True)
+    text = tokenizer.render(messages, add_generation_prompt=True).text
     assert text == "<|im_start|>user\ngrüße 👋<|im_end|>\n<|im_start|>assistant\n"
     encoded = tokenizer.encode(text)
     assert tokenizer.decode(encoded.input_ids) == text
-    assert encoded.offsets[-1][1] == len(text)
+    assert encoded.tokens_between(len(text) - 1, len(text)) == (len(encoded.input_ids) - 1, len(encoded.input_ids))
     assert encoded.input_ids[0] in tokenizer.special_token_ids
-    assert tokenizer.encode_with_assistant_mask(messages) is None
+    assert tokenizer.render(messages, add_generation_prompt=True).marked is None
     other = tmp_path / "other"
     shutil.copytree(tiny_model.path, other)
     assert load_tokenizer(HfTargetConfig(name="hf", path=str(other))).fingerprint == tokenizer.fingerprint

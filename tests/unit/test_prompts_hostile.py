@@ -16,8 +16,10 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import pytest
-from specforge_core.contracts import DataError
-from specforge_core.prompts.loss_mask import ConversationEncoder
+from specforge_core.config.run_config import DataSection
+from specforge_core.contracts import DataError, RenderedText
+from specforge_core.prompts.conversation import Conversation
+from specforge_core.prompts.encoder import ConversationEncoder
 from specforge_core.prompts.raw_rows import MAX_ROW_BYTES
 from specforge_core.prompts.rows import BadRow, read_rows
 from specforge_hf_target.config import HfTargetConfig
@@ -133,16 +135,16 @@ def test_a_template_that_multiplies_is_refused(tiny_model) -> None:
         def __init__(self) -> None:
             self._inner = load_tokenizer(HfTargetConfig(name="hf", path=str(tiny_model.path)))
 
-        def render(self, messages: Any, *, add_generation_prompt: bool) -> str:
-            text = self._inner.render(messages, add_generation_prompt=add_generation_prompt)
-            return str(text * (1 if len(text) < 1000 else 1000))
+        def render(self, messages: Any, **options: Any) -> RenderedText:
+            text = self._inner.render(messages, **options).text
+            return RenderedText(text * (1 if len(text) < 1000 else 1000))
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self._inner, name)
 
     talk = [TALK[0], {"role": "assistant", "content": "stone " * 3000}]
     with pytest.raises(DataError, match=r"row 1: the chat template makes \d+ characters"):
-        ConversationEncoder(Multiplying(), max_length=64).encode(talk, where="row 1")
+        ConversationEncoder(Multiplying(), DataSection(train=["x"])).encode(Conversation(talk), where="row 1")
 
 
 def save(directory: Path, **columns: pa.Array) -> Path:

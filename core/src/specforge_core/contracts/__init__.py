@@ -65,7 +65,9 @@ from specforge_core.contracts.target_engine import (
     EncodedText,
     EngineCapabilities,
     FrozenSource,
+    RenderedText,
     TargetEngine,
+    TextWithOffsets,
 )
 
 __all__ = [
@@ -114,6 +116,7 @@ __all__ = [
     "RefChannel",
     "RefReader",
     "RefWriter",
+    "RenderedText",
     "RunMismatch",
     "RunStopped",
     "Sample",
@@ -134,6 +137,7 @@ __all__ = [
     "TargetError",
     "TargetInfo",
     "TargetStep",
+    "TextWithOffsets",
     "Usage",
     "access_proof",
     "check_metadata_only",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,19 +92,35 @@ class TargetEngine(ABC):
         """Give back memory and connections. Idempotent."""
 
 
+class EncodedText(Protocol):
+    """Token ids of a text, and where they stand in it."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, int]:
+        """The tokens [first, stop) that overlap the characters [start, end)."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class EncodedText:
-    """Token ids of a text and the character span [start, end) of each."""
+class TextWithOffsets:
+    """An ``EncodedText`` by the character span [start, end) of each token."""
 
     input_ids: Sequence[int]
     offsets: Sequence[tuple[int, int]]
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, int]:
+        first = bisect_right(self.offsets, start, key=lambda span: span[1])
+        stop = bisect_left(self.offsets, end, key=lambda span: span[0])
+        return first, max(first, stop)
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedText:
     """A conversation as text.
 
-    :param marked: character spans [start, end) that the template itself marks as the assistant's; None if it marks none.
+    :param marked: spans [start, end) of it that the template marks as the assistant's; None if it marks none.
     """
 
     text: str

@@ -25,7 +25,7 @@ from specforge_core.prompts.row_fields import CONVERSATION_KEYS, Fields, check_m
 from specforge_core.prompts.row_shapes import Exchange, find_turns, read_exchange
 from specforge_core.prompts.sources import find_files, read_records
 from specforge_core.prompts.token_rows import find_text, find_tokens, mask_missing
-from specforge_core.prompts.turns import Turns, text_turn
+from specforge_core.prompts.message_turns import Turns, text_turn
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import HubSource

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from specforge_core.contracts import EncodedText
+from specforge_core.contracts import EncodedText, RenderedText, TextWithOffsets
 from specforge_core.testing.tiny_plugin import BOS, NUM_BYTES, TURN_END, TURN_START, TinyTargetConfig
 
 _SPECIAL = {"<|bos|>": BOS, "<|turn|>": TURN_START, "<|end|>": TURN_END}
@@ -16,8 +18,10 @@ _PIECES = re.compile("(" + "|".join(re.escape(text) for text in _SPECIAL) + ")")
 class TinyTokenizer:
     """A ``ChatTokenizer``. Its template gives ``<|turn|>role`` newline, content, ``<|end|>`` for each turn.
 
-    :param marks_assistant: whether it offers the template's own assistant mask.
+    :param marks_assistant: whether it gives marks of its own for the assistant's text.
     """
+
+    template = ""
 
     def __init__(self, *, marks_assistant: bool = False):
         self._marks_assistant = marks_assistant
@@ -30,9 +34,28 @@ class TinyTokenizer:
     def special_token_ids(self) -> frozenset[int]:
         return frozenset(_SPECIAL.values())
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        turns = [f"<|turn|>{message['role']}\n{message['content']}<|end|>" for message in messages]
-        return "<|bos|>" + "".join(turns) + ("<|turn|>assistant\n" if add_generation_prompt else "")
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        return frozenset({TURN_END})
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ) -> RenderedText:
+        text, marked = "<|bos|>", []
+        for message in messages:
+            text += f"<|turn|>{message['role']}\n"
+            start = len(text)
+            text += f"{message['content']}<|end|>"
+            if message["role"] == "assistant":
+                marked.append((start, len(text)))
+        text += "<|turn|>assistant\n" if add_generation_prompt else ""
+        return RenderedText(text, marked if self._marks_assistant else None)
 
     def encode(self, text: str) -> EncodedText:
         token_ids: list[int] = []
@@ -48,21 +71,7 @@ class TinyTokenizer:
                     token_ids.extend(encoded)
                     offsets.extend([(place, place + 1)] * len(encoded))
             position += len(piece)
-        return EncodedText(token_ids, offsets)
-
-    def encode_with_assistant_mask(
-        self, messages: Sequence[Mapping[str, str]]
-    ) -> tuple[Sequence[int], Sequence[int]] | None:
-        if not self._marks_assistant:
-            return None
-        token_ids: list[int] = [BOS]
-        mask = [0]
-        for message in messages:
-            header = self.encode(f"<|turn|>{message['role']}\n").input_ids
-            body = self.encode(f"{message['content']}<|end|>").input_ids
-            token_ids += [*header, *body]
-            mask += [0] * len(header) + [int(message["role"] == "assistant")] * len(body)
-        return token_ids, mask
+        return TextWithOffsets(token_ids, offsets)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         names = {token_id: text for text, token_id in _SPECIAL.items()}

@@ -9,14 +9,17 @@ on an enormous number or text runs to its end, in as much memory as the machine 
 
 from __future__ import annotations
 
+import datetime
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from specforge_core.contracts import DataError
-from transformers.utils.chat_template_utils import render_jinja_template
+from specforge_core.contracts import DataError, RenderedText
+from transformers.utils.chat_template_utils import _compile_jinja_template, _render_with_assistant_indices
 
 from specforge_hf_target.model_files import refusing
 
@@ -26,31 +29,62 @@ MAX_CHARACTERS = 64 << 20
 """Far beyond any conversation that a model takes: sixteen million tokens of four characters."""
 
 
-def render_template(
-    template: str, messages: Sequence[Mapping[str, str]], *, tokens: Mapping[str, str], **options: bool
-) -> tuple[str, list[list[tuple[int, int]]]]:
-    """The conversation as text, and the spans that the template marks as assistant's where ``options`` ask for them.
+_COMMENTS = re.compile(r"\{#.*?#\}", re.DOTALL)
+_MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
-    :param tokens: the special tokens, which templates name.
+
+def marks_assistant(template: str) -> bool:
+    """Whether the template marks the assistant's text, outside its comments."""
+    return _MARKS_ASSISTANT.search(_COMMENTS.sub("", template)) is not None
+
+
+def render_template(
+    template: str, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any], date: datetime.date | None
+) -> RenderedText:
+    """The conversation as text, and the spans that the template marks as assistant's where it does.
+
+    The environment is transformers' own, but a template is also told which day it is (``strftime_now``).
+
+    :param variables: what the template sees besides the messages: ``tools``, ``add_generation_prompt``, special tokens.
     :raises DataError: the template refuses the conversation, fails, or does not come to an end.
     """
+    given = {
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": False,
+        **variables,
+        "messages": [_with_thought(m) for m in messages],
+    }
+    if date is not None:
+        given["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
     with (
         refusing(
             "the chat template refuses the conversation",
-            hint="roles must come as the template wants them",
+            hint="leave the row out, or give it as the template wants it (roles, tools, data.template_arguments)",
             kind=DataError,
         ),
         _time_limit(),
     ):
-        [text], spans = render_jinja_template(
-            conversations=[list(messages)], chat_template=template, **{**tokens, **options}
-        )
+        compiled = _compile_jinja_template(template)
+        if marks_assistant(template):
+            text, marked = _render_with_assistant_indices(compiled_template=compiled, **given)
+        else:
+            text, marked = compiled.render(**given), None
     if len(text) > MAX_CHARACTERS:
         raise DataError(
             f"the chat template makes {len(text)} characters of the conversation, more than {MAX_CHARACTERS}",
             hint="correct the template, or leave the conversation out",
         )
-    return text, spans
+    return RenderedText(text, marked)
+
+
+_THOUGHT_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+def _with_thought(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A thought under every name by which templates read it (transformers itself gives it two of them)."""
+    thought = next((message[key] for key in _THOUGHT_KEYS if message.get(key) is not None), None)
+    return message if thought is None else {**message, **dict.fromkeys(_THOUGHT_KEYS, thought)}
 
 
 @contextmanager

@@ -3,27 +3,42 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import hashlib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from specforge_core.contracts import DataError, EncodedText, TargetError
+from specforge_core.contracts import DataError, EncodedText, RenderedText, TargetError
 from specforge_core.contracts.kinds import shorten
 
 from specforge_hf_target.chat_template import render_template
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.model_files import check_text_files, refusing
 
-Span = tuple[int, int]
 
-_MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
+class _EncodedText:
+    """What the tokenizer made of a text; asked for single places, which costs less than the offsets of all tokens."""
+
+    def __init__(self, encoding: Any):
+        self._encoding = encoding
+        self.input_ids: list[int] = encoding.ids
+
+    def tokens_between(self, start: int, end: int) -> tuple[int, int]:
+        first = self._token_of(range(start, end))
+        last = self._token_of(range(end - 1, start - 1, -1))
+        return (0, 0) if first is None or last is None else (first, last + 1)
+
+    def _token_of(self, characters: range) -> int | None:
+        """The token of the first of the characters that has one: some tokenizers trim spaces from their offsets."""
+        found = (self._encoding.char_to_token(position) for position in characters)
+        return next((token for token in found if token is not None), None)
 
 
 class HfChatTokenizer:
     """A ``ChatTokenizer`` over a fast tokenizer that has a chat template."""
 
-    def __init__(self, tokenizer: Any, where: str):
+    def __init__(self, tokenizer: Any, where: str, *, stop_token_ids: Collection[int] = ()):
         if not tokenizer.is_fast:
             raise TargetError(
                 "the tokenizer is a slow one, which cannot say where its tokens stand in the text",
@@ -32,10 +47,15 @@ class HfChatTokenizer:
             )
         self._tokenizer = tokenizer
         self._where = where
+        self._stop_token_ids = frozenset(stop_token_ids)
+        # Its own copy, for whoever else uses the tokenizer: a text beyond the model's length is cut later.
+        self._encoder = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
 
     @property
     def fingerprint(self) -> str:
-        content = self._tokenizer.backend_tokenizer.to_str() + "\0" + self._template(required=False)
+        content = "\0".join([self._tokenizer.backend_tokenizer.to_str(), *self._templates().values()])
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
@@ -43,65 +63,63 @@ class HfChatTokenizer:
         added = self._tokenizer.added_tokens_decoder.items()
         return frozenset(self._tokenizer.all_special_ids) | {index for index, token in added if token.special}
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        text, _ = self._render(messages, add_generation_prompt=add_generation_prompt)
-        return text
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        ids = {self._tokenizer.eos_token_id, *self._stop_token_ids}
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    @property
+    def template(self) -> str:
+        return "\n".join(self._templates().values())
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ) -> RenderedText:
+        variables = {
+            **self._tokenizer.special_tokens_map,
+            **(arguments or {}),
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        return render_template(self._template_for(tools), messages, variables=variables, date=date)
 
     def encode(self, text: str) -> EncodedText:
-        # verbose=False: a text beyond the model's length is cut later, and that is no warning's business
         with refusing("the tokenizer cannot encode this text", hint="leave the text out", kind=DataError):
-            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return EncodedText(encoded["input_ids"], encoded["offset_mapping"])
-
-    def encode_with_assistant_mask(
-        self, messages: Sequence[Mapping[str, str]]
-    ) -> tuple[Sequence[int], Sequence[int]] | None:
-        template = self._template(required=True)
-        if not _MARKS_ASSISTANT.search(template):
-            return None
-        # Not apply_chat_template(return_assistant_tokens_mask=True): where a turn begins with a space that the
-        # tokenizer trims from its offsets, that leaves this turn and all later ones out, silently.
-        text, [spans] = self._render(messages, return_assistant_tokens_mask=True)
-        encoded = self.encode(text)
-        return encoded.input_ids, _mark_spans(encoded.offsets, spans)
+            return _EncodedText(self._encoder.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(token_ids))
 
-    def _render(self, messages: Sequence[Mapping[str, str]], **options: bool) -> tuple[str, list[list[Span]]]:
-        template = self._template(required=True)
-        return render_template(template, messages, tokens=self._tokenizer.special_tokens_map, **options)
-
-    def _template(self, *, required: bool) -> str:
-        """The chat template; "" if there is none and none is required."""
-        template = self._tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        if required and not template:
+    def _template_for(self, tools: object) -> str:
+        """The template for conversations with or without tools, where the tokenizer has several."""
+        templates = self._templates()
+        chosen = (templates.get("tool_use") if tools is not None else None) or templates.get("default")
+        if not chosen:
             raise DataError(
                 "the tokenizer has no chat template",
                 where=self._where,
                 hint="add chat_template.jinja beside it, or give prompts as input_ids and loss_mask",
             )
-        if template and not isinstance(template, str):
-            raise TargetError(
-                f"the chat template is {shorten(template)}, which is no text",
-                where=self._where,
-                hint="correct chat_template in tokenizer_config.json",
-            )
-        return template or ""
+        return chosen
 
-
-def _mark_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for every token that overlaps one of the character spans; both are sorted."""
-    mask, token = [0] * len(offsets), 0
-    for start, end in spans:
-        while token < len(offsets) and offsets[token][1] <= start:
-            token += 1
-        while token < len(offsets) and offsets[token][0] < end:
-            mask[token] = 1
-            token += 1
-    return mask
+    def _templates(self) -> dict[str, str]:
+        """The chat templates by name."""
+        given = self._tokenizer.chat_template or {}
+        templates = given if isinstance(given, dict) else {"default": given}
+        for name, template in templates.items():
+            if not isinstance(template, str):
+                raise TargetError(
+                    f"the chat template {name} is {shorten(template)}, which is no text",
+                    where=self._where,
+                    hint="correct chat_template in tokenizer_config.json",
+                )
+        return templates
 
 
 def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
@@ -122,4 +140,4 @@ def load_tokenizer(config: HfTargetConfig) -> HfChatTokenizer:
         known = tokenizer("text", add_special_tokens=False)["input_ids"]
     if not known:  # transformers answers missing files with an empty tokenizer of the model's kind
         raise TargetError("the tokenizer cannot be loaded: its vocabulary is empty or missing", where=where, hint=hint)
-    return HfChatTokenizer(tokenizer, where)
+    return HfChatTokenizer(tokenizer, where, stop_token_ids=config.describe().eos_token_ids)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens are trained: the template's own mask and the one found by offsets must agree, whatever the text."""
+"""Which tokens are trained: what the target would write, whatever template and text. ``tests/prompts`` has more."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
+from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError
-from specforge_core.prompts.loss_mask import ConversationEncoder
-from specforge_core.prompts.turn_markers import TurnMarkers, find_turn_markers
+from specforge_core.prompts.conversation import Conversation
+from specforge_core.prompts.encoder import ConversationEncoder
 from specforge_hf_target.tokenizer import HfChatTokenizer
 
 ROLES_AND_TEXT = "user assistant system\n the quick brown fox Grüße, 世界! 👋🏽 don't <think> </think> 123"
@@ -63,9 +64,13 @@ def make_tokenizer():
     return make
 
 
+def make_encoder(tokenizer, **settings) -> ConversationEncoder:
+    return ConversationEncoder(tokenizer, DataSection(train=["x"], **{"max_length": 10_000, **settings}))
+
+
 def trained_text(tokenizer, messages, **settings) -> str:
-    encoder = ConversationEncoder(tokenizer, **{"max_length": 10_000, **settings})
-    input_ids, mask = encoder.encode(messages, where="data.jsonl:1")
+    [encoded] = make_encoder(tokenizer, **settings).encode(Conversation(messages), where="data.jsonl:1")
+    input_ids, mask = encoded.input_ids, encoded.loss_mask
     assert len(input_ids) == len(mask)
     pieces, before = [], 0
     for token_id, item in zip(input_ids, mask, strict=True):
@@ -110,12 +115,6 @@ def random_conversation(seed: int) -> list[dict[str, str]]:
     return talk(*(text() for _ in range(generator.randint(1, 7))), system=generator.choice([None, text()]))
 
 
-def test_markers_of_a_chat_template(make_tokenizer) -> None:
-    assert find_turn_markers(make_tokenizer(PLAIN)) == TurnMarkers("<|im_start|>assistant\n", "<|im_end|>")
-    assert find_turn_markers(make_tokenizer(THINKING)) == TurnMarkers("<|im_start|>assistant\n", "<|im_end|>")
-    assert find_turn_markers(make_tokenizer(HEADERLESS)) == TurnMarkers(" [/INST] ", "</s>")
-
-
 def test_content_and_end_of_turn_are_trained_and_nothing_else(make_tokenizer) -> None:
     messages = talk("hi", "the quick 世界 👋🏽", "again", "fox", system="be brief")
     assert trained_text(make_tokenizer(PLAIN), messages) == "the quick 世界 👋🏽<|im_end|>|fox<|im_end|>"
@@ -132,8 +131,8 @@ def test_offsets_give_the_templates_own_mask(make_tokenizer, last_turn_only: boo
         messages = random_conversation(seed)
         length = random.Random(seed).choice([10_000, 10_000, 25])
         rules = {"max_length": length, "last_turn_only": last_turn_only}
-        theirs = ConversationEncoder(marked, **rules).encode(messages, where="x")
-        ours = ConversationEncoder(plain, **rules).encode(messages, where="x")
+        theirs = make_encoder(marked, **rules).encode(Conversation(messages), where="x")
+        ours = make_encoder(plain, **rules).encode(Conversation(messages), where="x")
         assert ours == theirs, messages
 
 
@@ -150,8 +149,8 @@ def test_the_mask_is_transformers_own_where_that_is_right(make_tokenizer) -> Non
         theirs = tokenizer._tokenizer.apply_chat_template(
             random_conversation(seed), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        ours = tokenizer.encode_with_assistant_mask(random_conversation(seed))
-        assert ours == (theirs["input_ids"], theirs["assistant_masks"])
+        [ours] = make_encoder(tokenizer).encode(Conversation(random_conversation(seed)), where="x")
+        assert (ours.input_ids, ours.loss_mask) == (theirs["input_ids"], theirs["assistant_masks"])
 
 
 def test_a_user_who_quotes_headers_and_answers_fools_nobody(make_tokenizer) -> None:
@@ -168,8 +167,8 @@ def test_empty_answers_and_turns_named_like_roles(make_tokenizer) -> None:
 def test_templates_that_rewrite_thinking(make_tokenizer) -> None:
     tokenizer = make_tokenizer(THINKING)
     messages = talk("hi", "<think>brown</think>the fox", "and?", "<think>quick</think>123")
-    assert trained_text(tokenizer, messages) == "the fox<|im_end|>|<think>\nquick\n</think>\n\n123<|im_end|>"
-    assert trained_text(tokenizer, talk("hi", "  fox ")) == "<think>\n\n</think>\n\nfox<|im_end|>"
+    assert trained_text(tokenizer, messages) == "the fox<|im_end|>|quick\n</think>\n\n123<|im_end|>"
+    assert trained_text(tokenizer, talk("hi", "  fox ")) == "fox<|im_end|>"
 
 
 def test_templates_without_a_header(make_tokenizer) -> None:
@@ -177,15 +176,10 @@ def test_templates_without_a_header(make_tokenizer) -> None:
     assert trained_text(make_tokenizer(HEADERLESS), messages).replace(" ", "") == "INST</s>|thefox</s>"
 
 
-def test_a_rewritten_answer_is_an_error_that_names_it(make_tokenizer) -> None:
-    with pytest.raises(DataError) as caught:
-        trained_text(make_tokenizer(SHOUTING), talk("hi", "fox"))
-    assert "chat template" in str(caught.value)
+def test_what_the_template_makes_of_an_answer_is_trained(make_tokenizer) -> None:
+    assert trained_text(make_tokenizer(SHOUTING), talk("hi", "fox", "and", "x")) == "FOX<|im_end|>|X<|im_end|>"
     tokenizer = make_tokenizer(PLAIN.replace("{{ m['content'] }}", "{{ m['content'] | replace('fox', 'cat') }}"))
-    assert trained_text(tokenizer, talk("fox", "dog")) == "dog<|im_end|>"
-    with pytest.raises(DataError, match="rewrites this answer") as caught:
-        trained_text(tokenizer, talk("hi", "dog", "hi", "fox"))
-    assert caught.value.where == "data.jsonl:1: messages[3]"
+    assert trained_text(tokenizer, talk("fox", "dog fox")) == "dog cat<|im_end|>"
 
 
 def test_templates_that_refuse_a_conversation(make_tokenizer) -> None:
@@ -193,3 +187,10 @@ def test_templates_that_refuse_a_conversation(make_tokenizer) -> None:
     with pytest.raises(DataError, match="no system role") as caught:
         trained_text(make_tokenizer(strict), talk("hi", "fox", system="x"))
     assert "data.jsonl:1" in caught.value.where
+
+
+def test_a_template_that_looks_at_the_length_of_a_text_is_taken_apart_by_its_prompts(make_tokenizer) -> None:
+    content = "{{ m['content'] if m['content'] | length != 5 else 'five!' }}"
+    tokenizer = make_tokenizer(PLAIN.replace("{{ m['content'] }}", content))
+    messages = talk("hi you", "the quick fox", "x", "fox", "brown", "a fox")
+    assert trained_text(tokenizer, messages) == "the quick fox<|im_end|>|fox<|im_end|>|five!<|im_end|>"
