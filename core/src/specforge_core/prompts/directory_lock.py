@@ -38,9 +38,7 @@ class LockHolder:
 
 
 @contextmanager
-def locked(
-    directory: Path, *, progress: Progress, deadline_seconds: float = DEADLINE_SECONDS
-) -> Iterator[LockHolder]:
+def locked(directory: Path, *, progress: Progress, deadline_seconds: float = DEADLINE_SECONDS) -> Iterator[LockHolder]:
     """Hold the lock of ``directory``, a file beside it, which stays.
 
     :param deadline_seconds: how long another holder may show no life.

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from specforge_core.contracts import DataError
 from specforge_core.prompts.channels import join_channels
 from specforge_core.prompts.conversation import Conversation, SourceRow
+from specforge_core.prompts.message_turns import Turns, text_turn
 from specforge_core.prompts.row_fields import CONVERSATION_KEYS, Fields, check_mapping, check_value, from_text
 from specforge_core.prompts.row_shapes import Exchange, find_turns, read_exchange
 from specforge_core.prompts.sources import find_files, read_records
 from specforge_core.prompts.token_rows import find_text, find_tokens, mask_missing
-from specforge_core.prompts.message_turns import Turns, text_turn
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import HubSource
@@ -66,7 +66,7 @@ def read_rows(
             empty = False
             where = f"{file.name}:{record.number}"
             try:
-                row = _parse_record(record, prompt_id=f"{file.label}-{count:05d}", where=where, mapping=mapping)
+                row = parse_record(record, prompt_id=f"{file.label}-{count:05d}", where=where, mapping=mapping)
                 _check_id(row, line_of, files)
             except DataError as error:
                 yield BadRow(where, error)
@@ -77,7 +77,8 @@ def read_rows(
             raise DataError("holds no prompts", where=file.name, hint="one JSON object per line")
 
 
-def _parse_record(record: Record, *, prompt_id: str, where: str, mapping: Mapping[str, str]) -> SourceRow:
+def parse_record(record: Record, *, prompt_id: str, where: str, mapping: Mapping[str, str]) -> SourceRow:
+    """What a row of a file says; see ``parse_row``. :raises DataError: it cannot be read, or is not understood."""
     if record.error is not None:
         raise record.error
     row = parse_row(record.content, prompt_id=prompt_id, where=where, mapping=mapping)
