@@ -75,8 +75,13 @@ def fixed(template: Template) -> Iterator[tuple[str, Talk]]:
             yield name, Talk(messages)
     if template.tools:
         for name, messages in CALLS.items():
-            if all(len(message.calls) <= template.most_calls for message in messages):
-                yield name, Talk(messages, TOOLS)
+            yield name, Talk(messages, TOOLS)
+            if template.none:
+                yield f"{name}, null contents", Talk(messages, TOOLS, none=True)
+        yield (
+            "arguments as text",
+            Talk(CALLS["two calls" if template.most_calls > 1 else "a call"], TOOLS, calls_as="text"),
+        )
         yield "tools, but no call", Talk(PLAIN["one round"], TOOLS)
     for number, arguments in enumerate(template.arguments):
         if arguments:
@@ -135,6 +140,7 @@ CALLS = {
         *(ask(1), Message("assistant", calls=[_oslo]), _told, Message("assistant", calls=[_sum]), _summed),
         *(answer("Both."), ask(2), answer("It is two.")),
     ],
+    "a call with a short id": [ask(1), Message("assistant", calls=[replace(_oslo, call_id="c1")])],
     "a call is the last": [ask(1), Message("assistant", "I look.", calls=[_oslo])],
     "a call with a thought": [
         *(ask(1), Message("assistant", "", "I must look.", calls=[_oslo]), _told),
@@ -174,6 +180,7 @@ def random_talk(template: Template, chance: Random) -> Talk:
         arguments=chance.choice(list(template.arguments)),
         form=chance.choice(("text", "text", "parts")),
         calls_as=chance.choice(("object", "object", "text")),
+        none=template.none and chance.random() < 0.3,
     )
 
 

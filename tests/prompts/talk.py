@@ -55,6 +55,7 @@ class Talk:
     """One conversation.
 
     :param form: how its contents are given, and ``calls_as``: how the arguments of calls are.
+    :param none: whether the content of a turn of calls alone is null.
     """
 
     messages: Sequence[Message]
@@ -62,10 +63,15 @@ class Talk:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     form: Literal["text", "parts"] = "text"
     calls_as: Literal["object", "text"] = "object"
+    none: bool = False
 
     def rows(self, *, form: str = "", calls_as: str = "") -> list[dict[str, Any]]:
         """Its messages as a row has them, or as a template wants them."""
-        return [_row(message, form or self.form, calls_as or self.calls_as) for message in self.messages]
+        rows = [_row(message, form or self.form, calls_as or self.calls_as) for message in self.messages]
+        for row in rows if self.none else ():
+            if "tool_calls" in row and row["content"] in ("", [{"type": "text", "text": ""}]):
+                row["content"] = None
+        return rows
 
 
 def _row(message: Message, form: str, calls_as: str) -> dict[str, Any]:
@@ -105,6 +111,7 @@ class Template:
     :param special: its special tokens; the first of ``stops`` is the tokenizer's end token.
     :param order: ``any``: turns in any order are rendered; ``turns``: only user and assistant in turn are tried.
     :param content: the form in which it wants contents; "" for both. ``calls_as`` likewise.
+    :param none: whether it renders a content that is null as nothing.
     :param arguments: template variables, one set of which is given with each conversation.
     :param quoting: whether contents may quote its special tokens.
     """
@@ -120,6 +127,7 @@ class Template:
     thoughts_in_content: bool = False
     tools: bool = False
     most_calls: int = 2
+    none: bool = False
     order: Literal["any", "turns"] = "any"
     content: str = "text"
     calls_as: str = "object"

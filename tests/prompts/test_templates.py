@@ -104,7 +104,7 @@ def fault_of(template: Template, talk: Talk, *, told_stops: bool) -> str:
     text = "".join(text for text, _ in pieces)
     encoded = fast(text, add_special_tokens=False, return_offsets_mapping=True)
     if list(prompt.input_ids) != encoded["input_ids"]:
-        return f"other tokens: {fast.decode(list(prompt.input_ids))!r} for {text!r}"
+        return other_text(fast.decode(list(prompt.input_ids)), text)
     kinds = [trained for piece, trained in pieces for _ in piece]
     said = [kinds[start] for start, _ in encoded["offset_mapping"]]
     got = [bool(item) for item in prompt.loss_mask]
@@ -113,9 +113,16 @@ def fault_of(template: Template, talk: Talk, *, told_stops: bool) -> str:
     if told:
         return f"text of others is trained: {told} in {trained}"
     if any(kind is not None and kind != item for kind, item in zip(said, got, strict=True)):
-        wanted = [piece for piece, kind in runs((p, k is not False) for p, k in pieces) if kind]
-        return f"trained {trained}\n   not {wanted}"
+        wanted = [piece for piece, kind in runs(pieces) if kind]
+        free = [piece for piece, kind in runs(pieces) if kind is None]
+        return f"trained {trained}\n   not {wanted}" + (f", with or without {free}" if free else "")
     return ""
+
+
+def other_text(got: str, wanted: str) -> str:
+    """Where two renderings part, in words."""
+    place = next((n for n, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    return f"other tokens: {got[max(place - 20, 0) : place + 60]!r}\n   not {wanted[max(place - 20, 0) : place + 60]!r}"
 
 
 def trained_texts(fast: Any, token_ids: Sequence[int], mask: Sequence[bool]) -> list[str]:

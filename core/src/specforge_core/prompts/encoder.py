@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One conversation to token ids and loss mask: what the target itself would write is trained, and nothing else.
 
-The conversation is rendered once and encoded once. Its answers are found by taking the turns apart (``turns``); where
+The conversation is rendered once and encoded once. Its answers are found by taking the turns apart (``answers``); where
 the template marks them itself, its marks are used if they agree with that. Tokens that overlap a trained span are
 trained. Last step before ``prepare``.
 """
@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import ChatTokenizer, DataError
+from specforge_core.prompts.answers import Span, Turn, TurnLocator
 from specforge_core.prompts.conversation import Conversation, EncodedPrompt
 from specforge_core.prompts.marking import CALL_KEYS, Kind
 from specforge_core.prompts.rendering import Rendering, TemplateRenderer
 from specforge_core.prompts.turn_ends import TurnEnds
-from specforge_core.prompts.turns import Span, Turn, TurnLocator
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection

@@ -29,9 +29,12 @@ _CLOSES_THOUGHT = re.compile(r"\W*(/|end[_-]?)\W*\w*(think|thought|reason)", re.
 
 
 class Marking(Enum):
-    """Where marks stand, from the first that is tried to the last."""
+    """Where marks stand, from the first that is tried to the last. Those within the whitespace around a text are for
+    templates that trim it."""
 
-    AROUND = "around every text"
+    OUTSIDE = "around every text with its whitespace"
+    ANSWERS_OUTSIDE = "as OUTSIDE for what the assistant wrote, else as AROUND"
+    AROUND = "around every text, within its whitespace"
     NO_NAMES = "as AROUND, but not around the names of functions"
     INSIDE = "between the first two and the last two characters of contents and thoughts alone"
 
@@ -48,28 +51,23 @@ class Kind(Enum):
 class MarkedText:
     """A piece of text of a message.
 
-    :param before: whitespace that stands before ``text`` in the message, and ``after``: behind it.
     :param inset: how many characters of ``text`` stand outside the marks, at either end.
+    :param indented: whether whitespace stands before it in the message.
     """
 
     message: int
     kind: Kind
     text: str
-    before: str = ""
-    after: str = ""
     inset: int = 0
+    indented: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a text stands in a rendering: characters [start, end), its own whitespace included.
-
-    :param first: its first character that is no whitespace.
-    """
+    """Where a text stands in a rendering: characters [start, end)."""
 
     start: int
     end: int
-    first: int
     text: MarkedText
 
 
@@ -83,6 +81,7 @@ class MarkedMessages:
     def __init__(self, messages: Sequence[Message], *, literals: re.Pattern[str] | None, marking: Marking):
         self._literals = literals
         self._marking = marking
+        self._outside = False
         self.texts: list[MarkedText] = []
         self.messages = [self._mark_message(index, message) for index, message in enumerate(messages)]
 
@@ -101,11 +100,13 @@ class MarkedMessages:
             elif not closes:
                 starts.setdefault(number, position - removed)
         plain = "".join([*pieces, marked[last:]])
-        places = [_place(plain, self.texts[n], starts[n], end) for n, end in ends.items() if n < len(self.texts)]
+        places = [_place(self.texts[n], starts[n], end) for n, end in ends.items() if n < len(self.texts)]
         return plain, sorted(places, key=lambda place: (place.start, place.end))
 
     def _mark_message(self, index: int, message: Message) -> dict[str, Any]:
         marked = dict(message)
+        answers = message.get("role") == "assistant" and self._marking is Marking.ANSWERS_OUTSIDE
+        self._outside = answers or self._marking is Marking.OUTSIDE
         content = marked.get("content")
         if isinstance(content, str):
             marked["content"] = self._mark_pieces(index, content)
@@ -154,25 +155,18 @@ class MarkedMessages:
                 where=f"messages[{index}]",
                 hint="leave the row out, or give it as input_ids and loss_mask",
             )
-        before, _, after = text.partition(core)
+        before, _, after = text.partition(core) if not self._outside else ("", text, "")
+        core = text if self._outside else core
         number = _FIRST_MARK + 2 * len(self.texts)
-        self.texts.append(MarkedText(index, kind, core, before, after, inset))
+        self.texts.append(MarkedText(index, kind, core, inset, bool(before)))
         inner = core[inset : len(core) - inset]
         return f"{before}{core[:inset]}{chr(number)}{inner}{chr(number + 1)}{core[len(core) - inset :]}{after}"
-
-
-def _place(plain: str, text: MarkedText, start: int, end: int) -> Place:
-    """A text with its own whitespace, where that stands beside it (the template may have trimmed it, and put the same
-    there itself; it makes no difference)."""
-    first = start = start - text.inset
-    end += text.inset
-    if text.before and plain.endswith(text.before, 0, start):
-        start -= len(text.before)
-    if text.after and plain.startswith(text.after, end):
-        end += len(text.after)
-    return Place(start, end, first, text)
 
 
 def overlap(places: Sequence[Place]) -> bool:
     """Whether two texts stand at one place, which no rendering of turns one after the other does."""
     return any(before.end > after.start for before, after in pairwise(places))
+
+
+def _place(text: MarkedText, start: int, end: int) -> Place:
+    return Place(start - text.inset, end + text.inset, text)

@@ -3,7 +3,7 @@
 
 A row is first rendered as it is given. Where the template fails on that, or leaves a text out, the same conversation
 is given in the other ways in which templates want it (contents as parts or as text, calls as objects), and the first
-way that renders most is taken. Between ``rows`` and ``turns``.
+way that renders most is taken. Between ``rows`` and ``answers``.
 """
 
 from __future__ import annotations

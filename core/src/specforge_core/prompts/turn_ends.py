@@ -17,6 +17,9 @@ from specforge_core.contracts import ChatTokenizer, DataError
 from specforge_core.prompts.conversation import Conversation
 from specforge_core.prompts.rendering import Rendering, TemplateRenderer
 
+THINKING_TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
+"""An opening or closing tag around thoughts, in any of the styles that models use."""
+
 _QUESTIONS = ("first probing question", "second probing question")
 _ANSWERS = ("first probing answer", "second probing answer")
 
@@ -42,13 +45,29 @@ class TurnEnds:
         stops = _texts_of(tokenizer, tokenizer.stop_token_ids)
         self._specials = _pattern([*stops, *_texts_of(tokenizer, tokenizer.special_token_ids)])
         self.header = ""
+        self._asks = ""
         self._ending: set[str] = set()
         self._ends_past_turns = False
         probe = _probe(renderer)
         if probe is not None:
-            self.header = _added_header(renderer) or probe.asked
             self._learn(probe, frozenset(stops))
+            added = self.without_end(_added_header(renderer))
+            self._asks = before_thinking(added)
+            self.header = added or self.without_end(probe.asked)
         self._ending |= set(stops)
+
+    def is_asking(self, prompt: str) -> bool:
+        """Whether it ends with an answer's header, where this template asks for answers by one."""
+        return self._asks in prompt
+
+    def without_end(self, text: str) -> str:
+        """Without the whitespace and the ends of turns that it begins with."""
+        position = 0
+        for start, end in self._find_specials(text):
+            if text[position:start].strip() or text[start:end] not in self._ending:
+                break
+            position = end
+        return text[position:].lstrip()
 
     def find(self, gap: str, *, is_last: bool, closing: Callable[[], str]) -> tuple[int, bool]:
         """How much of ``gap``, what follows an answer's own text, belongs to its turn, and whether a token ends it.
@@ -62,10 +81,11 @@ class TurnEnds:
                 return end, True
         if found and (not self._ends_past_turns or is_last):
             return (found[0][1], True) if not is_last else (_end_of_run(found, gap), True)
-        if is_last:
-            return len(gap.rstrip()), False
-        length = len(_common_prefix(gap, closing()).rstrip())
-        return length, False
+        body = gap if is_last else _common_prefix(gap, closing())
+        if not self._ending and not body.strip():  # the template ends turns with whitespace
+            body = gap[: len(gap) - len(gap.lstrip())]
+            return len(body), False
+        return len(body.rstrip()), False
 
     def find_last(self, turn: str) -> tuple[int, bool]:
         """As :meth:`find`, of a turn that is known to hold no other: its last ending token counts."""
@@ -91,6 +111,11 @@ class TurnEnds:
         if closing and not any(probe.closing[start:end] in self._ending | stops for start, end in closing):
             end = _end_of_run(closing, probe.closing)
             self._ending |= {probe.closing[start:stop] for start, stop in closing if stop == end}
+
+
+def before_thinking(prompt: str) -> str:
+    """What stands before the thinking that a generation prompt may open or close."""
+    return re.split(THINKING_TAG, prompt, maxsplit=1, flags=re.IGNORECASE)[0].rstrip()
 
 
 def _end_of_run(found: Sequence[tuple[int, int]], text: str) -> int:

@@ -1,217 +1,221 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each answer stands in a rendered conversation: from where its prompt ends to what ends its turn.
+"""Turns as files have them to messages as chat templates want them: roles, content, calls, and what is not trained.
 
-An answer begins where the prompt that a server would show at that point ends: the turns before it, rendered with the
-generation prompt. Its prompt and the whole text are compared from the last text that both have, so that a template may
-rewrite what came before. Between the prompt and the answer's own text stands what the model writes (a channel, a tag
-of a call), or what the template inserts (an empty thinking block), which is not trained. A turn ends with the token
-that ends turns in this template (``turn_ends``), or, where it has none, with the token that opens the next.
+A turn is {role, content} or {from, value}. Its other keys reach the template as they are; a key that is null is one
+that the turn does not have. ``row_shapes`` finds the turns of a row, ``channels`` joins those of one answer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from specforge_core.contracts import DataError
-from specforge_core.prompts.marking import Kind, Place
-from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking
+from specforge_core.contracts.redaction import show_value
+from specforge_core.prompts.row_fields import THOUGHT_KEYS, check_value, from_text
 
-Span = tuple[int, int]
+ROLES: Mapping[str, str] = {
+    "system": "system",
+    "developer": "developer",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call", "tool_calls"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result", "function_response", "function_result"), "tool"),
+}
+"""Words for roles, in small letters, and the roles that templates know."""
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+_CONTROLS = ("weight", "train", "trainable", "loss")
+_MAX_TURNS = 4096
+"""Of one conversation: more than any target's context holds, each with its header."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_HINT = "a turn is {role, content} or {from, value}, its content text or text parts"
 
-_EMPTY_BLOCK = re.compile(rf"\s*(?:{THINKING_TAG}\s*)*{THINKING_TAG}\s*", re.IGNORECASE)
-_OPEN_TAG = re.compile(r"[<\[][^<>\[\]]*$")
-_CLOSED = re.compile(r"/|end", re.IGNORECASE)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
-    """One assistant turn of a rendering.
+    """One message, and what the row says of it besides.
 
-    :param message: which message it is.
-    :param start: where its trained text begins; None where that cannot be told.
-    :param ended: whether it ends with a token that ends turns.
-    :param inserted: whether an empty thinking block was inserted before it.
+    :param trained: the row does not forbid it.
+    :param where: the row and the message's place in it.
     """
 
-    message: int
-    start: int | None
-    end: int
-    ended: bool
-    inserted: bool = False
+    message: dict[str, Any]
+    where: str
+    trained: bool = True
 
 
-class TurnLocator:
-    """Finds the assistant turns of renderings by one template."""
+@dataclass(slots=True)
+class Turns:
+    """Turns in order, and the keys of them that nothing was made of."""
 
-    def __init__(self, renderer: TemplateRenderer, ends: TurnEnds):
-        self._renderer = renderer
-        self._ends = ends
-        self._prompts: dict[tuple[object, ...], str] = {}
-        """What follows the last text of the prompt of an answer, by what stands before it."""
+    listed: list[Turn] = field(default_factory=list)
+    unused: set[str] = field(default_factory=set)
 
-    def locate(self, rendering: Rendering) -> list[Turn]:
-        """The assistant turns of a rendering, in order."""
-        if rendering.places is None:
-            return self._locate_by_prefixes(rendering)
-        turns: list[Turn] = []
-        after = 0
-        for index, message in enumerate(rendering.messages):
-            if message.get("role") != "assistant":
-                continue
-            turn = self._locate_turn(rendering, index, after)
-            turns.append(turn)
-            after = turn.end
-        return turns
+    def extend(self, other: Turns) -> None:
+        self.listed += other.listed
+        self.unused |= other.unused
 
-    def _locate_turn(self, rendering: Rendering, index: int, after: int) -> Turn:
-        places = rendering.places or ()
-        before = [place for place in places if place.text.message < index]
-        own = _own_run(places, index)
-        anchor = _last_before(before, own[0].start if own else None)
-        gap_start = max(anchor.end if anchor else 0, 0)
-        others = [place.start for place in places if place.text.message != index and place.start >= gap_start]
-        if own:
-            gap_end = own[0].start
-            body_end = own[-1].end
-            others = [start for start in others if start >= body_end]
+    @property
+    def last_role(self) -> str:
+        return str(self.listed[-1].message["role"]) if self.listed else ""
+
+
+def text_turn(role: str, text: Any, where: str) -> Turns:
+    """One turn of nothing but text, or text parts."""
+    return parse_turns([{"role": role, "content": text}], where, places=[where])
+
+
+def parse_turns(value: Any, where: str, *, keys: Mapping[str, str] | None = None, places: Sequence[str] = ()) -> Turns:
+    """The turns of a list (or of one as JSON text).
+
+    :param keys: the turns' own names by ours, where they differ (``data.mapping``).
+    :param places: where each stands, if not at ``where[index]``.
+    :raises DataError: it is not a list of turns, or one of them is not understood.
+    """
+    value = from_text(value, where)
+    if not isinstance(value, list) or not value:
+        raise DataError("is not a list of turns, or empty", where=where, hint="at least one user and assistant turn")
+    if len(value) > _MAX_TURNS:
+        raise DataError(f"holds {len(value)} turns, {_MAX_TURNS} are the most", where=where, hint="split it")
+    turns = Turns()
+    for index, given in enumerate(value):
+        place = places[index] if places else f"{where}[{index}]"
+        if not isinstance(given, dict):
+            raise DataError(f"is a {type(given).__name__}", where=place, hint=_HINT)
+        turns.listed.append(_parse_turn(given, place, keys or {}, turns.unused))
+    return turns
+
+
+def _parse_turn(given: Mapping[str, Any], where: str, keys: Mapping[str, str], unused: set[str]) -> Turn:
+    role_key, role, called = _read_role(given, where, keys)
+    named = [keys["content"]] if "content" in keys else ["content", "value"]
+    content_key = next((key for key in named if given.get(key) is not None), named[0])
+    if content_key not in given:
+        content_key = next((key for key in named if key in given), content_key)
+    rest = {key: value for key, value in given.items() if value is not None and key not in (role_key, content_key)}
+    for ours, theirs in keys.items():
+        if theirs in rest:
+            rest[ours] = rest.pop(theirs)
+    trained = _read_controls(rest, role, where, unused)
+    _read_calls(rest, where)
+    check_value(rest, where)
+    message: dict[str, Any] = {"role": role}
+    if content_key in given:
+        content = given[content_key]
+        if called and isinstance(content, (dict, list)):
+            content = json.dumps(content, ensure_ascii=False)
+        message["content"] = _parse_content(content, f"{where}.{content_key}", role)
+    if message.get("content") is None:
+        _check_empty(rest, role, f"{where}.{content_key}", given=content_key in given)
+    return Turn({**message, **rest}, where, trained)
+
+
+def _read_role(given: Mapping[str, Any], where: str, keys: Mapping[str, str]) -> tuple[str, str, bool]:
+    """The key that names it, the role, and whether the turn's content is a call."""
+    named = [keys["role"]] if "role" in keys else ["role", "from"]
+    key = next((key for key in named if given.get(key) is not None), None)
+    if key is None:
+        raise DataError("names no role", where=where, hint=_HINT)
+    word = given[key]
+    known = word.strip().lower().replace("-", "_").replace(" ", "_") if isinstance(word, str) else ""
+    if known not in ROLES:
+        raise DataError(
+            f"unknown role {show_value(word)}", where=f"{where}.{key}", hint=f"roles are {', '.join(ROLES)}"
+        )
+    return key, ROLES[known], known in _CALL_ROLES
+
+
+def _read_controls(rest: dict[str, Any], role: str, where: str, unused: set[str]) -> bool:
+    """Takes out what says whether to train the turn: that is for us, not for the template."""
+    trained = True
+    for key in _CONTROLS:
+        if key not in rest:
+            continue
+        value = rest.pop(key)
+        if role != "assistant":
+            unused |= {f"messages[].{key}"} if value else set()
+        elif not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise DataError(
+                f"is {show_value(value)}, and neither 0 nor 1",
+                where=f"{where}.{key}",
+                hint="a turn is trained or not; leave the key out to train it",
+            )
         else:
-            gap_end = body_end = min(others, default=len(rendering.text))
-        following = min(others, default=len(rendering.text))
-        gap = rendering.text[gap_start:gap_end]
-        prompt_length = self._prompt_length(rendering, index, anchor, gap)
-        if prompt_length is None:
-            return Turn(index, None, max(after, body_end if own else gap_start), ended=False)
-        start = gap_start + prompt_length
-        answers = own and own[0].text.kind is not Kind.THOUGHT
-        inserted = _inserted(rendering.text[start:gap_end]) if answers else 0
-        body_end = body_end if own else start
-        end, ended = self._ends.find(
-            rendering.text[body_end:following],
-            is_last=index == len(rendering.messages) - 1,
-            closing=lambda: self._closing(rendering, index),
+            trained = trained and bool(value)
+    return trained
+
+
+def _parse_content(content: Any, where: str, role: str) -> Any:
+    """Text or text parts, as given; None where a turn may have none."""
+    if isinstance(content, str):
+        check_value(content, where)
+        return content
+    if isinstance(content, list):
+        return [_parse_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
+    if content is not None:
+        hint = _HINT if role != "tool" else "write what the tool returned as JSON text"
+        raise DataError("is missing or not text", where=where, hint=hint)
+    return None
+
+
+def _parse_part(part: Any, where: str) -> dict[str, Any]:
+    if isinstance(part, str):
+        part = {"type": "text", "text": part}
+    if not isinstance(part, dict):
+        raise DataError(f"is a {type(part).__name__}", where=where, hint="a part of a text is {type: text, text: ...}")
+    kind = part.get("type", "text" if isinstance(part.get("text"), str) else None)
+    if kind not in _TEXT_PARTS:
+        raise DataError(
+            f"is a part of type {show_value(kind)}: only text is read",
+            where=where,
+            hint="leave out rows with pictures or sound; the target of this stage reads text",
         )
-        return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
-
-    def _locate_by_prefixes(self, rendering: Rendering) -> list[Turn]:
-        """Without places: an answer is what its prompt and the text that ends with it differ by, if the whole begins
-        with both."""
-        turns = []
-        for index, message in enumerate(rendering.messages):
-            if message.get("role") != "assistant":
-                continue
-            try:
-                prompt = self._renderer.plain(rendering, index, add_generation_prompt=True)
-                until = self._renderer.plain(rendering, index + 1, add_generation_prompt=False)
-            except DataError:
-                prompt = until = "\0"
-            if not rendering.text.startswith(prompt) or not until.startswith(prompt):
-                turns.append(Turn(index, None, 0, ended=False))
-                continue
-            until = until[: _common_prefix_length(until, rendering.text)]
-            inserted = _inserted(until[len(prompt) :])
-            end, ended = self._ends.find_last(until[len(prompt) :])
-            turns.append(Turn(index, len(prompt) + inserted, len(prompt) + end, ended, inserted=bool(inserted)))
-        return turns
-
-    def _prompt_length(self, rendering: Rendering, index: int, anchor: Place | None, gap: str) -> int | None:
-        """How much of ``gap``, what follows the last text before an answer, its prompt would show."""
-        previous = rendering.messages[index - 1] if index else {}
-        key = (
-            *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
-            *(rendering.tools is None, index > 1 and rendering.messages[index - 2].get("role")),
-        )
-        known = self._prompts.get(key)
-        if known is not None and known == gap:
-            return len(gap)
-        try:
-            text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
-            shown = text[_end_of(anchor, places) :]
-        except DataError:
-            return _prompt_within(gap, self._ends.header)
-        if self._ends.is_asking(shown):
-            self._prompts[key] = shown
-            if gap.startswith(shown):
-                return len(shown)
-        return _prompt_within(gap, self._generation_prompt(rendering, index, text))
-
-    def _generation_prompt(self, rendering: Rendering, index: int, prompted: str) -> str:
-        """What asking for an answer adds to the messages before it; that of a plain conversation if they refuse."""
-        try:
-            plain, _ = self._renderer.first_messages(rendering, index, add_generation_prompt=False)
-        except DataError:
-            plain = prompted
-        return self._ends.without_end(prompted[_common_prefix_length(plain, prompted) :]) or self._ends.header
-
-    def _closing(self, rendering: Rendering, index: int) -> str:
-        """What follows the answer where it is the last message."""
-        try:
-            text, places = self._renderer.first_messages(rendering, index + 1, add_generation_prompt=False)
-        except DataError:
-            return ""
-        own = [place.end for place in places if place.text.message == index]
-        return text[max(own) :] if own else ""
+    if not isinstance(part.get("text"), str):
+        raise DataError("is missing or not text", where=f"{where}.text", hint="a part is {type: text, text: ...}")
+    check_value(part, where)
+    return {"type": "text", **{key: value for key, value in part.items() if key != "type" and value is not None}}
 
 
-def _own_run(places: Sequence[Place], index: int) -> list[Place]:
-    """The places of a message's texts, up to the first text of another message among them."""
-    run: list[Place] = []
-    for place in places:
-        if place.text.message == index:
-            run.append(place)
-        elif run:
-            break
-    return run
+def _check_empty(rest: Mapping[str, Any], role: str, where: str, *, given: bool) -> None:
+    """A turn without content is one that calls or thinks, or a tool that returned nothing."""
+    if role == "assistant" and any(rest.get(key) for key in ("tool_calls", "function_call", *THOUGHT_KEYS)):
+        return
+    if role == "assistant" and "channel" in rest:
+        return
+    if role != "tool" or not given:
+        raise DataError("is missing or not text", where=where, hint=_HINT)
 
 
-def _last_before(places: Sequence[Place], start: int | None) -> Place | None:
-    ended = [place for place in places if start is None or place.end <= start]
-    return max(ended, key=lambda place: place.end, default=None)
+def _read_calls(rest: dict[str, Any], where: str) -> None:
+    """Checks the calls of a turn; empty ones are none."""
+    for key in ("tool_calls", "function_call"):
+        if key in rest:
+            rest[key] = from_text(rest[key], f"{where}.{key}")
+            if not rest[key]:
+                del rest[key]
+    if "tool_calls" in rest:
+        calls = rest["tool_calls"]
+        if not isinstance(calls, list):
+            raise DataError(f"is a {type(calls).__name__}", where=f"{where}.tool_calls", hint="a list of calls")
+        for index, call in enumerate(calls):
+            _check_call(call, f"{where}.tool_calls[{index}]")
+    if "function_call" in rest:
+        _check_call({"function": rest["function_call"]}, f"{where}.function_call", inner="")
 
 
-def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
-    """Where the same text ends in another rendering.
-
-    :raises DataError: it is not there.
-    """
-    if anchor is None:
-        return 0
-    for place in places:
-        if place.text is anchor.text:
-            return place.end
-    raise DataError("the chat template leaves the text before the answer out of its prompt")
-
-
-def _prompt_within(gap: str, prompt: str) -> int | None:
-    """The end, in ``gap``, of the longest beginning of ``prompt`` that stands in it; None if that is no part of it.
-
-    A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough; it is no part
-    of a tag.
-    """
-    best_length, best_end = 0, None
-    for position in range(len(gap)):
-        length = _common_prefix_length(gap[position:], prompt)
-        if 0 < length < len(prompt):
-            length = len(_OPEN_TAG.sub("", prompt[:length]))
-        if length and length >= best_length:
-            best_length, best_end = length, position + length
-    enough = before_thinking(prompt)
-    return best_end if best_length and best_length >= len(enough) else None
-
-
-def _inserted(gap: str) -> int:
-    """The length of the empty thinking block that ``gap`` begins with: tags about thinking, the last one closing."""
-    found = _EMPTY_BLOCK.match(gap)
-    if not found:
-        return 0
-    last = re.findall(THINKING_TAG, found.group(), re.IGNORECASE)[-1]
-    return found.end() if _CLOSED.search(last) else 0
-
-
-def _common_prefix_length(first: str, second: str) -> int:
-    length, most = 0, min(len(first), len(second))
-    while length < most and first[length] == second[length]:
-        length += 1
-    return length
+def _check_call(call: Any, where: str, *, inner: str = ".function") -> None:
+    hint = "a call is {type: function, function: {name, arguments}}"
+    if not isinstance(call, dict):
+        raise DataError(f"is a {type(call).__name__}", where=where, hint=hint)
+    function = call.get("function")
+    where += inner if function is not None else ""
+    function = call if function is None else function
+    if not isinstance(function, dict):
+        raise DataError(f"is a {type(function).__name__}", where=where, hint=hint)
+    if not isinstance(function.get("name"), str):
+        raise DataError("is missing or not text", where=f"{where}.name", hint=hint)
+    if not isinstance(function.get("arguments"), (str, dict, type(None))):
+        raise DataError("is neither text nor an object", where=f"{where}.arguments", hint=hint)

@@ -27,7 +27,12 @@ class _EncodedText:
     def tokens_between(self, start: int, end: int) -> tuple[int, int]:
         first = self._token_of(range(start, end))
         last = self._token_of(range(end - 1, start - 1, -1))
-        return (0, 0) if first is None or last is None else (first, last + 1)
+        if first is None or last is None:
+            return 0, 0
+        stop = last + 1
+        while stop < len(self.input_ids) and (self._encoding.token_to_chars(stop) or (end,))[0] < end:
+            stop += 1  # further tokens of one character
+        return first, stop
 
     def _token_of(self, characters: range) -> int | None:
         """The token of the first of the characters that has one: some tokenizers trim spaces from their offsets."""
