@@ -22,7 +22,7 @@ from specforge_core.prompts.prompt_manifest import DamagedPrompts
 from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.prompts.prompt_writer import nothing_trained, remove_leftovers
 from specforge_core.prompts.raw_rows import Record
-from specforge_core.prompts.report import SourceReport
+from specforge_core.prompts.report import SourceReport, describe_lengths
 from specforge_core.prompts.row_encoder import Chunk, ChunkOutcome, EncodingWork, RowOutcome
 from specforge_core.prompts.set_origin import SetOrigin, describe_sources, make_rules
 from specforge_core.prompts.sources import SourceFile, find_files, read_records
@@ -242,6 +242,6 @@ class _Preparation:
         entries, first = [], 0
         for report in self._reports:
             lengths = self._partial.lengths(first, first + report.samples)
-            entries.append(report.as_json() | {"lengths": lengths})
+            entries.append(report.as_json() | {"lengths": describe_lengths(lengths)})
             first += report.samples
         return entries

@@ -44,7 +44,7 @@ _MAX_NAMES = 200
 """Of reasons, and of unused keys, in one source; what is beyond is counted together."""
 _OTHERS = "others"
 _REASON_CHARACTERS = 120
-_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
+_PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+")
 
 
 class SourceReport:

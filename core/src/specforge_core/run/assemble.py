@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,10 +42,12 @@ from specforge_core.run.batches import RunBatches
 from specforge_core.run.directory import RunDirectory
 from specforge_core.run.feature_manifest import check_features, describe_features, record_features
 from specforge_core.run.frozen_source import RunFrozenSource
+from specforge_core.run.interrupt import StoppableProgress
 from specforge_core.run.observing import RunRecord
 from specforge_core.run.provenance import describe_run
 from specforge_core.run.ranks import join_ranks
 from specforge_core.run.sealed_refs import read_all
+from specforge_core.run.tokenizer import PluginTokenizer
 from specforge_core.run.train_end import TrainEnd
 from specforge_core.run.wires import RunWires
 from specforge_core.training.evaluator import Evaluator
@@ -126,16 +129,24 @@ class Run:
     def prompts(self, split: Split) -> PromptSet:
         """The prepared prompts of a split; prepared now unless they were before."""
         if split not in self._prompts:
-            data = self.plan.config.data
-            self._prompts[split] = prepare_prompts(
-                data.train if split == "train" else data.eval,
-                directory=self.directory.prompts(split),
-                tokenizer=lambda: resolve(self.plan.target_engine.tokenizer)(self.plan.target_section),
-                settings=data if split == "train" else data.model_copy(update={"max_prompts": None}),
-                vocab_size=self.plan.info.vocab_size,
-                progress=self.progress("prompts"),
-            )
+            self._prompts[split] = self.prepare(split, self.directory.prompts(split))
         return self._prompts[split]
+
+    def prepare(self, split: Split, directory: Path, *, most: int | None = None) -> PromptSet:
+        """Prepare the prompts of a split in a directory, which need not be the run's.
+
+        :param most: prompts; default: all, or as many as ``data.max_prompts`` says.
+        """
+        data = self.plan.config.data
+        most = most if most is not None or split == "eval" else data.max_prompts
+        return prepare_prompts(
+            data.train if split == "train" else data.eval,
+            directory=directory,
+            tokenizer=PluginTokenizer(self.plan.target_engine.tokenizer, self.plan.target_section),
+            settings=data.model_copy(update={"max_prompts": most}),
+            vocab_size=self.plan.info.vocab_size,
+            progress=StoppableProgress(self.progress("prompts"), self.stop),
+        )
 
     def manifest(self, split: Split) -> dict[str, Any]:
         """What this run's features of a split are features of."""
