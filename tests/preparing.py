@@ -67,3 +67,25 @@ def prepare(
 def contents(prompts: PromptSet) -> dict[str, bytes]:
     """Every file of a set."""
     return {path.name: path.read_bytes() for path in sorted(prompts.directory.iterdir())}
+
+
+class FirstAdvance(SilentProgress):
+    """How many rows were done before."""
+
+    rows = -1
+
+    def advance(self, units: int, **values: float) -> None:
+        if self.rows < 0:
+            self.rows = units
+
+
+class Interrupting(SilentProgress):
+    """Ctrl-C after so many rows."""
+
+    def __init__(self, after: int) -> None:
+        self._left = after
+
+    def advance(self, units: int, **values: float) -> None:
+        self._left -= units
+        if self._left < 0:
+            raise KeyboardInterrupt

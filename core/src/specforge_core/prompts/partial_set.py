@@ -13,6 +13,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -66,9 +67,7 @@ class PartialSet:
                 self._open(saved)
             except OSError:
                 if saved is None:
-                    self._discard()
                     raise
-                self._close()
                 _log.warning("%s: is damaged; prompts are prepared from the first row on", self._partial)
                 saved = None
                 self._open(None)
@@ -90,19 +89,24 @@ class PartialSet:
         return saved if ours and saved.pop("digest", None) == _digest(saved) else None
 
     def _open(self, saved: Mapping[str, Any] | None) -> None:
-        """:raises OSError: what was saved is not there any more."""
+        """:raises OSError: there is no room, or what was saved is not there any more."""
         if saved is None:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._discard()
             (self._partial / _SET).mkdir(parents=True)
         sizes = {} if saved is None else saved["sizes"]
-        self._files = PromptFiles(self._partial / _SET, sizes=sizes)
-        self._others = {
-            name: DigestedFile(path, size=sizes.get(name, 0))
-            for name, path in ((_PLACES_FILE, self._partial), (REJECTS_FILE, self._partial / _SET))
-            for path in [path / name]
-        }
-        if saved is not None and saved["digests"] != self._digests():
-            raise OSError("its files are not what was saved")
+        places = {_PLACES_FILE: self._partial, REJECTS_FILE: self._partial / _SET}
+        with ExitStack() as opened:
+            if saved is None:
+                opened.callback(self._discard)
+            self._files = PromptFiles(self._partial / _SET, sizes=sizes)
+            opened.callback(self._files.close)
+            self._others: dict[str, DigestedFile] = {}
+            for name, place in places.items():
+                self._others[name] = DigestedFile(place / name, size=sizes.get(name, 0))
+                opened.callback(self._others[name].close)
+            if saved is not None and saved["digests"] != self._digests():
+                raise OSError("its files are not what was saved")
+            opened.pop_all()
         self._ids = IdTable(self._written)
         with open(open_regular(self._partial / _SET / IDS_FILE, os.O_RDONLY), "rb") as written:
             for line in written:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from xxhash import xxh3_128
 
 from specforge_core.contracts import DataError, Prompt
+from specforge_core.contracts.files import open_regular
 from specforge_core.prompts.prompt_manifest import (
     ARRAYS,
     IDS_FILE,
@@ -40,7 +41,7 @@ class DigestedFile:
     """
 
     def __init__(self, path: Path, *, size: int = 0) -> None:
-        self._file: BinaryIO = path.open("r+b" if size else "w+b")
+        self._file: BinaryIO = open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b")  # noqa: SIM115
         self._digest = xxh3_128()
         self.size = 0
         while self.size < size:

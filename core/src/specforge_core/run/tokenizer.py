@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's tokenizer as a value that worker processes can be given. Apart from ``assemble``, which imports torch."""
+"""The target's tokenizer as a value that worker processes can be given. Not in ``assemble``, which imports torch."""
 
 from __future__ import annotations
 
