@@ -331,9 +331,7 @@ def test_rows_that_cannot_be_used_are_skipped_counted_and_kept(tmp_path: Path) -
 def test_too_many_rows_that_cannot_be_used_end_the_run(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "x.jsonl", TOKENS, "{", TOKENS, "[1]", TOKENS, "nothing")
     assert len(prepare([source], tmp_path / "set", on_bad_row="skip", max_bad_rows=3)) == 3
-    with pytest.raises(
-        DataError, match=r"x\.jsonl:6: 3 rows cannot be used, data\.max_bad_rows allows 2; the last"
-    ):
+    with pytest.raises(DataError, match=r"x\.jsonl:6: 3 rows cannot be used, data\.max_bad_rows allows 2; the last"):
         prepare([source], tmp_path / "two", on_bad_row="skip", max_bad_rows=2)
     assert not (tmp_path / "two").exists()
     with pytest.raises(DataError, match="no prompt has a trained token: 0 dropped, 1 rows could not be used"):

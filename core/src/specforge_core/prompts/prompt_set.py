@@ -162,6 +162,18 @@ class PromptSet(Sequence[Prompt]):
         start = int(self._id_ends[index - 1]) + 1 if index else 0
         return self._ids[start : int(self._id_ends[index])].decode()
 
+    def find(self, prompt_id: str) -> int | None:
+        """The number of the prompt with this id; None if there is none."""
+        wanted = prompt_id.encode(errors="replace") + b"\n"
+        if self._ids[: len(wanted)] == wanted:
+            return 0
+        at = self._ids.find(b"\n" + wanted)
+        return None if at < 0 else int(torch.searchsorted(self._id_ends, at)) + 1
+
+    def lengths(self) -> Tensor:
+        """The length of each prompt: int64 [N]."""
+        return self._offsets.diff()
+
     def num_tokens_of(self, index: int) -> int:
         """The length of prompt ``index``, without reading its tokens."""
         return int(self._offsets[index + 1] - self._offsets[index])

@@ -122,6 +122,17 @@ def is_report(value: object) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
+def total_of(reports: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
+    """The reports of several sources as one."""
+    total = SourceReport("all")
+    for report in reports:
+        for name in _NUMBERS:
+            setattr(total, name, getattr(total, name) + report[name])
+        for name in ("rejected", "counts", "unused"):
+            getattr(total, name).update(report[name])
+    return total.as_json() | {"lengths": describe_lengths(lengths)}
+
+
 def warnings_of(report: Mapping[str, Any]) -> list[str]:
     """What of a source's report needs a look, in words."""
     return [*_losses(report), *_left_out(report)]

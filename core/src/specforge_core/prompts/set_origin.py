@@ -49,6 +49,26 @@ def make_rules(settings: DataSection, vocab_size: int) -> dict[str, Any]:
     return {**{name: chosen[name] for name in (*_RULES, *_RULES_FOR_BAD_ROWS)}, "vocab_size": vocab_size}
 
 
+def find_prepared(
+    files: Sequence[SourceFile], directory: Path, *, settings: DataSection, vocab_size: int
+) -> int | None:
+    """How many prompts are prepared from these very files with these settings; None if they are not.
+
+    Nothing is read but the manifest: files count as unchanged by their sizes and times, and the tokenizer is not asked.
+    """
+    try:
+        manifest = read_manifest(directory)
+        stats = {str(file.path.absolute()): _stats(files_of(file)) for file in files}
+    except DataError:
+        return None
+    known = {entry["path"]: entry for entry in manifest["sources"]}
+    if any(path not in known or known[path]["files"] != found for path, found in stats.items()):
+        return None
+    origin = SetOrigin([known[path] for path in stats], make_rules(settings, vocab_size))
+    prompts: int = manifest["prompts"]
+    return prompts if origin.fingerprint(manifest["tokenizer"]) == manifest["fingerprint"] else None
+
+
 def describe_sources(files: Sequence[SourceFile], directory: Path) -> list[dict[str, Any]]:
     """Of each file its path, name, sizes and times, and a digest, which is not computed again for unchanged files.
 
@@ -70,7 +90,7 @@ def known_sources(directory: Path) -> dict[str, Mapping[str, Any]]:
 
 def _describe(source: SourceFile, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     files = files_of(source)
-    stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    stats = _stats(files)
     before = known.get(str(source.path.absolute()))
     if before is not None and before["files"] == stats:
         return dict(before)
@@ -79,6 +99,10 @@ def _describe(source: SourceFile, known: Mapping[str, Mapping[str, Any]]) -> dic
         digest.update(_digest_file(path) if whole or is_table(path, source.name) else _digest_lines(path, source.name))
     described = {"path": str(source.path.absolute()), "name": source.path.name, "files": stats}
     return {**described, "sha256": digest.hexdigest(), **({"origin": dict(source.origin)} if source.origin else {})}
+
+
+def _stats(files: Sequence[Path]) -> list[list[Any]]:
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def files_of(source: SourceFile) -> list[Path]:

@@ -132,6 +132,11 @@ class Run:
             self._prompts[split] = self.prepare(split, self.directory.prompts(split))
         return self._prompts[split]
 
+    @cached_property
+    def tokenizer(self) -> PluginTokenizer:
+        """Makes the target's tokenizer."""
+        return PluginTokenizer(self.plan.target_engine.tokenizer, self.plan.target_section)
+
     def prepare(self, split: Split, directory: Path, *, most: int | None = None) -> PromptSet:
         """Prepare the prompts of a split in a directory, which need not be the run's.
 
@@ -142,7 +147,7 @@ class Run:
         return prepare_prompts(
             data.train if split == "train" else data.eval,
             directory=directory,
-            tokenizer=PluginTokenizer(self.plan.target_engine.tokenizer, self.plan.target_section),
+            tokenizer=self.tokenizer,
             settings=data.model_copy(update={"max_prompts": most}),
             vocab_size=self.plan.info.vocab_size,
             progress=StoppableProgress(self.progress("prompts"), self.stop),
