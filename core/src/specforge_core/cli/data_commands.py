@@ -76,7 +76,7 @@ def _prepared(run: Run, split: Split, sample: int | None) -> Iterator[PromptSet]
         yield run.prompts(split)
         return
     with tempfile.TemporaryDirectory(prefix="specforge-data-") as directory:
-        yield run.prepare(split, Path(directory) / split, most=sample)
+        yield run.prompts.prepare(split, Path(directory) / split, most=sample)
 
 
 def describe_prompts(prompts: PromptSet) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def show_data(
             )
         prompts = opened.prompts(chosen)
         prompt = prompts[find_prompt(prompts, named[0] if named else "1")]
-        pieces = cut_into_pieces(prompt, opened.tokenizer())
+        pieces = cut_into_pieces(prompt, opened.prompts.tokenizer())
     title = f"{prompt.prompt_id}: {prompt.num_tokens} tokens, {sum(prompt.loss_mask)} trained"
     print_prompt(title, pieces, console)
     if html is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,18 +35,15 @@ from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
 from specforge_core.loading.sample_reader import SampleReader
 from specforge_core.loading.windows import WindowPlan
-from specforge_core.prompts.prepare import prepare_prompts
-from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.run.batches import RunBatches
 from specforge_core.run.directory import RunDirectory
 from specforge_core.run.feature_manifest import check_features, describe_features, record_features
 from specforge_core.run.frozen_source import RunFrozenSource
-from specforge_core.run.interrupt import StoppableProgress
 from specforge_core.run.observing import RunRecord
+from specforge_core.run.prompts import RunPrompts
 from specforge_core.run.provenance import describe_run
 from specforge_core.run.ranks import join_ranks
 from specforge_core.run.sealed_refs import read_all
-from specforge_core.run.tokenizer import PluginTokenizer
 from specforge_core.run.train_end import TrainEnd
 from specforge_core.run.wires import RunWires
 from specforge_core.training.evaluator import Evaluator
@@ -80,7 +76,7 @@ class Run:
         self.progress = progress
         self.directory = RunDirectory.of(plan.config)
         self._observers = observers
-        self._prompts: dict[Split, PromptSet] = {}
+        self.prompts = RunPrompts(plan, progress=progress("prompts"), stop=stop)
         self.batches = RunBatches(plan, prompts=self.prompts, order=lambda: self.order)
         self.wires = RunWires(plan, self.directory, fingerprint=self.batches.fingerprint)
 
@@ -125,33 +121,6 @@ class Run:
     @cached_property
     def checkpoint_reader(self) -> CheckpointReader:
         return CheckpointReader(self.directory.checkpoints, self.provenance)
-
-    def prompts(self, split: Split) -> PromptSet:
-        """The prepared prompts of a split; prepared now unless they were before."""
-        if split not in self._prompts:
-            self._prompts[split] = self.prepare(split, self.directory.prompts(split))
-        return self._prompts[split]
-
-    @cached_property
-    def tokenizer(self) -> PluginTokenizer:
-        """Makes the target's tokenizer."""
-        return PluginTokenizer(self.plan.target_engine.tokenizer, self.plan.target_section)
-
-    def prepare(self, split: Split, directory: Path, *, most: int | None = None) -> PromptSet:
-        """Prepare the prompts of a split in a directory, which need not be the run's.
-
-        :param most: prompts; default: all, or as many as ``data.max_prompts`` says.
-        """
-        data = self.plan.config.data
-        most = most if most is not None or split == "eval" else data.max_prompts
-        return prepare_prompts(
-            data.train if split == "train" else data.eval,
-            directory=directory,
-            tokenizer=self.tokenizer,
-            settings=data.model_copy(update={"max_prompts": most}),
-            vocab_size=self.plan.info.vocab_size,
-            progress=StoppableProgress(self.progress("prompts"), self.stop),
-        )
 
     def manifest(self, split: Split) -> dict[str, Any]:
         """What this run's features of a split are features of."""
