@@ -6,7 +6,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +20,10 @@ import torch
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError, DeadlineExceeded, Prompt, SilentProgress
 from specforge_core.prompts.directory_lock import locked
+from specforge_core.prompts.id_table import IdTable
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet, write_prompt_set
-from specforge_core.prompts.rows import read_rows
+from specforge_core.testing.tiny_tokenizer import TinyTokenizer
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.tokenizer import load_tokenizer
 
@@ -71,8 +78,9 @@ def test_a_dataset_on_disk(tmp_path: Path) -> None:
     assert len(prepare([tmp_path / "both" / "train"], tmp_path / "set2")) == 2
     with pytest.raises(DataError, match=r"several splits: test, train .*both/test"):
         prepare([tmp_path / "both"], tmp_path / "set3")
-    with pytest.raises(DataError, match="several splits"):
-        list(read_rows([tmp_path]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no data file|not a dataset on disk"):
+        prepare([tmp_path / "empty"], tmp_path / "set4")
 
 
 def test_prompts_that_train_nothing_are_dropped_and_counted_and_long_ones_cut(tmp_path: Path) -> None:
@@ -170,7 +178,7 @@ ROWS = {
     "no role": ({"messages": [{"content": "hi"}]}, "x.jsonl:2: messages[0]: names no role"),
     "odd role": ({"messages": [{"role": "usr", "content": "hi"}]}, "messages[0].role: unknown role 'usr'"),
     "no content": ({"messages": [TALK[0], {"role": "assistant"}]}, "messages[1].content: is missing or not text"),
-    "ShareGPT without value": ({"conversations": [{"from": "human"}]}, "conversations[0].value: is missing"),
+    "ShareGPT without value": ({"conversations": [{"from": "human"}]}, "conversations[0].content: is missing"),
     "half a surrogate": ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content: holds half"),
     "tool call": ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls[0]: is a int"),
     "same id": ({**TOKENS, "id": "first"}, "x.jsonl:2: id 'first' is also that of"),
@@ -244,12 +252,174 @@ def test_two_preparations_at_once_do_the_work_once(tmp_path: Path) -> None:
     assert len({prompts.manifest["fingerprint"] for prompts in sets}) == 1
 
 
-def test_waiting_for_another_preparation_ends_at_the_deadline(tmp_path: Path) -> None:
+HOLDER = """
+import sys, time
+from pathlib import Path
+from specforge_core.contracts import SilentProgress
+from specforge_core.prompts.directory_lock import locked
+with locked(Path(sys.argv[1]), progress=SilentProgress()) as holder:
+    holder.rows, holder.total = 7, 9
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def held_elsewhere(directory: Path, *, seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """Another process prepares there."""
+    command = [sys.executable, "-c", HOLDER, str(directory), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+class Waiting(SilentProgress):
+    """What was waited for."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str | None] = []
+
+    def waiting(self, reason: str | None) -> None:
+        self.reasons.append(reason)
+
+
+def test_another_preparation_that_shows_life_is_waited_for(tmp_path: Path) -> None:
+    progress = Waiting()
     with (
-        locked(tmp_path / "set", progress=SilentProgress()),
-        pytest.raises(DeadlineExceeded, match="another process that prepares"),
-        locked(tmp_path / "set", progress=SilentProgress(), deadline_seconds=0.2),
+        held_elsewhere(tmp_path / "set", seconds=4),
+        locked(tmp_path / "set", progress=progress, deadline_seconds=2.5),
     ):
-        pass
-    with locked(tmp_path / "set", progress=SilentProgress()):
-        pass
+        assert progress.reasons[-1] is None
+    assert "another process that prepares the same prompts: 7 rows of 9" in progress.reasons
+
+
+def test_another_preparation_that_is_stopped_is_given_up(tmp_path: Path) -> None:
+    with held_elsewhere(tmp_path / "set", seconds=600) as process:
+        process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with (
+            pytest.raises(DeadlineExceeded, match=f"no life for 1 s .*continue or end process {process.pid}"),
+            locked(tmp_path / "set", progress=SilentProgress(), deadline_seconds=1),
+        ):
+            pass
+        assert time.monotonic() - began < 5
+        process.kill()
+        process.wait(10)
+        with locked(tmp_path / "set", progress=SilentProgress()):
+            pass
+
+
+def test_rows_that_cannot_be_used_are_skipped_counted_and_kept(tmp_path: Path) -> None:
+    bad = [row for row, _ in ROWS.values()]
+    source = write_lines(tmp_path / "x.jsonl", {**TOKENS, "id": "first"}, *bad, TOKENS)
+    prompts = prepare([source], tmp_path / "set", on_bad_row="skip", workers=2)
+    assert [prompt.prompt_id for prompt in prompts] == ["first", f"x-{len(bad) + 1:05d}"]
+    [report] = prompts.report
+    assert (report["rows"], report["samples"], sum(report["rejected"].values())) == (len(bad) + 2, 2, len(bad))
+    assert report["rejected"]["has … entries, input_ids …"] == 1
+    rejects = [json.loads(line) for line in (tmp_path / "set" / "rejects.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in rejects] == list(range(2, len(bad) + 2))
+    for entry, (_, message) in zip(rejects, ROWS.values(), strict=True):
+        where = entry["where"].replace("x.jsonl:" + str(entry["row"]), "x.jsonl:2")
+        assert message in f"{where}: {entry['reason']}"
+        assert entry["hint"]
+        assert entry["source"] == str(source)
+
+
+def test_too_many_rows_that_cannot_be_used_end_the_run(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "x.jsonl", TOKENS, "{", TOKENS, "[1]", TOKENS, "nothing")
+    assert len(prepare([source], tmp_path / "set", on_bad_row="skip", max_bad_rows=3)) == 3
+    with pytest.raises(DataError, match=r"x\.jsonl:6: 3 rows cannot be used, data\.max_bad_rows allows 2; the last"):
+        prepare([source], tmp_path / "two", on_bad_row="skip", max_bad_rows=2)
+    assert not (tmp_path / "two").exists()
+    with pytest.raises(DataError, match="no prompt has a trained token: 0 dropped, 1 rows could not be used"):
+        prepare([write_lines(tmp_path / "y.jsonl", "{")], tmp_path / "three", on_bad_row="skip")
+
+
+def test_no_rejects_no_file(tmp_path: Path) -> None:
+    prepare([write_lines(tmp_path / "a.jsonl", TOKENS)], tmp_path / "set", on_bad_row="skip")
+    assert not (tmp_path / "set" / "rejects.jsonl").exists()
+
+
+def prepare_tiny(source: Path, directory: Path, **settings: object) -> PromptSet:
+    return prepare([source], directory, tokenizer=TinyTokenizer, vocab_size=260, **settings)
+
+
+def test_what_was_counted_is_kept(tmp_path: Path) -> None:
+    rows = [{"messages": TALK, "mood": "odd"}, {"messages": [*TALK, *TALK]}, {**TOKENS, "messages": TALK}]
+    source = write_lines(tmp_path / "a.jsonl", *rows, {**TOKENS, "loss_mask": [0] * 4})
+    [report] = prepare_tiny(source, tmp_path / "set", max_length=30).report
+    encoded = TinyTokenizer().encode("<|bos|><|turn|>user\nhi<|end|><|turn|>assistant\nthe draft<|end|>")
+    assert (report["rows"], report["samples"], report["dropped"], report["rejected"]) == (4, 3, 1, {})
+    assert report["tokens"] == 2 * 30 + 4
+    assert len(encoded.input_ids) == 31
+    assert report["counts"] == {"answers_trained": 3, "cut": 2, "reencoded_otherwise": 1}
+    assert report["unused"] == {"mood": 1}
+    assert report["lengths"] == {"p50": 30, "p90": 30, "p99": 30, "max": 30}
+
+
+def test_one_sample_for_each_turn(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", {"messages": [*TALK, *TALK], "id": "x"}, {"messages": TALK})
+    prompts = prepare_tiny(source, tmp_path / "set", samples="turn", max_length=99)
+    assert [prompt.prompt_id for prompt in prompts] == ["x.1", "x.2", "a-00001.1"]
+    assert prompts[0].input_ids == prompts[2].input_ids
+    assert prompts[0].num_tokens < prompts[1].num_tokens
+    first = prepare_tiny(source, tmp_path / "two", samples="turn", max_length=99, max_prompts=1)
+    assert [prompt.prompt_id for prompt in first] == ["x.1"]
+
+
+def test_text_and_its_spans(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", {"text": "ask answer", "spans": [[4, 10]]})
+    [prompt] = prepare_tiny(source, tmp_path / "set")
+    assert prompt.input_ids == list(b"ask answer")
+    assert prompt.loss_mask == [0] * 4 + [1] * 6
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 50},
+        {"samples": "turn"},
+        {"last_turn_only": True},
+        {"max_prompts": 1},
+        {"template_arguments": {"enable_thinking": False}},
+        {"date": "2025-05-05"},
+        {"mapping": {"tools": "apis"}},
+        {"on_bad_row": "skip"},
+        {"max_bad_rows": 5},
+    ],
+    ids=str,
+)
+def test_every_setting_that_makes_prompts_is_in_the_fingerprint(tmp_path: Path, change: dict[str, object]) -> None:
+    source = write_lines(tmp_path / "a.jsonl", TOKENS)
+    assert prepare([source], tmp_path / "set").fingerprint != prepare([source], tmp_path / "set", **change).fingerprint
+
+
+def test_the_number_of_workers_is_not_in_the_fingerprint(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "a.jsonl", TOKENS)
+    first = prepare([source], tmp_path / "set")
+    assert prepare([source], tmp_path / "set", workers=2).fingerprint == first.fingerprint
+
+
+def test_an_error_that_ends_reading_waits_for_its_turn(tmp_path: Path) -> None:
+    good = write_lines(tmp_path / "a.jsonl", TOKENS, TOKENS)
+    (tmp_path / "b.jsonl").write_text("")
+    assert len(prepare([good, tmp_path / "b.jsonl"], tmp_path / "set", max_prompts=2, workers=2)) == 2
+    with pytest.raises(DataError, match=r"b\.jsonl: holds no prompts"):
+        prepare([good, tmp_path / "b.jsonl"], tmp_path / "set", max_prompts=3)
+    assert len(PromptSet.open(tmp_path / "set")) == 2
+
+
+def test_ids_of_one_hash_are_told_apart() -> None:
+    written: list[bytes] = []
+    table = IdTable(written.__getitem__)
+    for number in range(5000):
+        prompt_id = b"id-%d" % number
+        assert table.find(prompt_id) is None
+        table.add(prompt_id)
+        written.append(prompt_id)
+    assert [table.find(prompt_id) for prompt_id in written] == list(range(5000))
+    written[17] = b"another of this hash"
+    assert table.find(b"id-17") is None

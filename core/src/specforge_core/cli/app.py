@@ -22,6 +22,7 @@ from specforge_core.contracts.redaction import redact_message, show_value
 COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("init_command", "Write a commented run file for what is installed."),
     "plan": ("plan_command", "Compose a run: print what it would do, or everything that does not fit."),
+    "data": ("data_commands", "Look at prompts and at what of them is trained."),
     "capture": ("run_commands", "Capture the target's features of the run's prompts."),
     "train": ("run_commands", "Train the run's draft on captured features."),
     "run": ("run_commands", "Capture and train."),

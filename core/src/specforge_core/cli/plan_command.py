@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specforge_core.cli.data_report import render_outlook
 from specforge_core.cli.session import OVERRIDES_HELP, RUN_HELP, compose_run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from specforge_core.config.plan import Plan
+    from specforge_core.contracts import Split
     from specforge_core.hooks.descriptors import PartSpec
 
 
@@ -39,10 +41,32 @@ def plan(
     from rich.console import Console
 
     composed = compose_run(ctx.obj, run, overrides or [])
+    data = look_at_data(composed)
     if as_json:
-        typer.echo(json.dumps(composed.as_json(), indent=2))
-    else:
-        render_plan(composed, Console())
+        typer.echo(json.dumps({**composed.as_json(), "data": data}, indent=2))
+        return
+    console = Console()
+    render_plan(composed, console)
+    for split, outlook in data.items():
+        for line in render_outlook(split, outlook):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def look_at_data(plan: Plan) -> dict[str, Any]:
+    """What of its data the run will meet, by split."""
+    from specforge_core.prompts.outlook import look_ahead
+    from specforge_core.run.directory import RunDirectory
+
+    directory, data = RunDirectory.of(plan.config), plan.config.data
+    splits: dict[Split, Any] = {"train": (data.train, data)}
+    if data.eval:
+        splits["eval"] = (data.eval, data.model_copy(update={"max_prompts": None}))
+    return {
+        split: look_ahead(
+            sources, directory=directory.prompts(split), settings=settings, vocab_size=plan.info.vocab_size
+        )
+        for split, (sources, settings) in splits.items()
+    }
 
 
 def render_plan(plan: Plan, console: Console) -> None:

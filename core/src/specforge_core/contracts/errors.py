@@ -7,6 +7,9 @@ anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 
 class SpecForgeError(Exception):
     """Something the user can act on.
@@ -25,6 +28,16 @@ class SpecForgeError(Exception):
     def __str__(self) -> str:
         located = f"{self.where}: {self.message}" if self.where else self.message
         return f"{located} ({self.hint})" if self.hint else located
+
+    def __reduce__(self) -> tuple[Callable[..., SpecForgeError], tuple[Any, ...]]:
+        """So that an error can be sent to another process: by its fields, whatever its own constructor takes."""
+        return _rebuild, (type(self), self.message, self.where, self.hint)
+
+
+def _rebuild(kind: type[SpecForgeError], message: str, where: str, hint: str) -> SpecForgeError:
+    error = kind.__new__(kind)
+    SpecForgeError.__init__(error, message, where=where, hint=hint)
+    return error
 
 
 class ConfigError(SpecForgeError):

@@ -48,6 +48,16 @@ def json_rows(path: Path, name: str) -> Iterator[Record]:
             yield from _lines(file, name)
 
 
+def describe_text_file(path: Path, name: str) -> str:
+    """What kind of JSON it is, and how it is packed, in words. :raises DataError: it cannot be opened or unpacked."""
+    with path.open("rb") as packed:
+        head = packed.read(4)
+    how = ", gzip" if head.startswith(_GZIP) else ", zstandard" if head == _ZSTANDARD else ""
+    with _open(path, name) as file:
+        array = file.peek(64)[:64].removeprefix(_BOM).lstrip().startswith(b"[")
+        return f"JSON {'array' if array else 'lines'}{how}"
+
+
 def _lines(file: io.BufferedReader, name: str) -> Iterator[Record]:
     number = blank = 0
     while line := file.readline(MAX_ROW_BYTES + 1):

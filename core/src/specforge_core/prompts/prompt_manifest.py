@@ -18,17 +18,21 @@ from xxhash import xxh3_128_hexdigest
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import read_json_object
+from specforge_core.prompts.report import is_report
 
-FORMAT = 2
+FORMAT = 3
 INPUT_IDS_FILE, LOSS_MASK_FILE, OFFSETS_FILE = "input_ids.i32", "loss_mask.u8", "offsets.i64"
 IDS_FILE, MANIFEST_FILE = "prompt_ids.txt", "manifest.json"
 ARRAYS = (INPUT_IDS_FILE, LOSS_MASK_FILE, OFFSETS_FILE, IDS_FILE)
+REJECTS_FILE = "rejects.jsonl"
+"""Rows that could not be used, where there were some: for people, and not read again."""
+MAX_ID_BYTES = 200
 
-_PROMPT_ID = re.compile(rb"[^\x00-\x20/\\\x7f.][^\x00-\x1f/\\\x7f]{0,199}")
+_PROMPT_ID = re.compile(rb"[^\x00-\x20/\\\x7f.][^\x00-\x1f/\\\x7f]{0,%d}" % (MAX_ID_BYTES - 1))
 """One part of a file name: ids become one (``features``)."""
 _KINDS: Mapping[str, type] = {
     **{"prompts": int, "tokens": int, "dropped": int, "fingerprint": str},
-    **{"sizes": dict, "digests": dict, "tokenizer": str, "sources": list},
+    **{"sizes": dict, "digests": dict, "tokenizer": str, "sources": list, "report": list},
 }
 _SOURCE_KINDS: Mapping[str, type] = {"path": str, "name": str, "files": list, "sha256": str}
 
@@ -53,7 +57,7 @@ class DamagedPrompts(DataError):
 
 def make_manifest(content: Mapping[str, Any]) -> str:
     """The text of a manifest with this content, its own digest included."""
-    fields = {"format": FORMAT, "byteorder": sys.byteorder, "tokenizer": "", "sources": [], **content}
+    fields = {"format": FORMAT, "byteorder": sys.byteorder, "tokenizer": "", "sources": [], "report": [], **content}
     return json.dumps({**fields, "digest": _digest(fields)}, indent=1) + "\n"
 
 
@@ -91,6 +95,8 @@ def _find_problem(manifest: Mapping[str, Any]) -> str:
     for source in manifest["sources"]:
         if not isinstance(source, dict) or any(type(source.get(k)) is not kind for k, kind in _SOURCE_KINDS.items()):
             return "sources are not files with digests"
+    if not all(is_report(entry) for entry in manifest["report"]):
+        return "report is not what was counted of each source"
     fields = {key: value for key, value in manifest.items() if key != "digest"}
     return "" if manifest.get("digest") == _digest(fields) else "it was altered"
 

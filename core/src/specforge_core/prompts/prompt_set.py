@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import mmap
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from xxhash import xxh3_128
+from xxhash import xxh3_64_intdigest, xxh3_128
 
 from specforge_core.contracts import DataError, Prompt
 from specforge_core.contracts.files import open_regular
@@ -52,6 +53,10 @@ class PromptSet(Sequence[Prompt]):
         self.largest_token_id = 0
         self._check_arrays()
         self._check_ids()
+        for mapped in files.values():
+            mapped.madvise(
+                mmap.MADV_DONTNEED
+            )  # what was checked need not stay in memory: it is read again when asked for
 
     @classmethod
     def open(cls, directory: Path) -> PromptSet:
@@ -78,6 +83,7 @@ class PromptSet(Sequence[Prompt]):
         with memoryview(mapped) as content:
             for start in range(0, size, _CHUNK):
                 digest.update(content[start : start + _CHUNK])
+                mapped.madvise(mmap.MADV_DONTNEED, start, min(_CHUNK, size - start))
         if digest.hexdigest() != self.manifest["digests"][name]:
             raise DamagedPrompts(self.directory, f"{name} was altered")
         return mapped
@@ -95,17 +101,36 @@ class PromptSet(Sequence[Prompt]):
             raise DamagedPrompts(self.directory, "its arrays do not belong together")
 
     def _check_ids(self) -> None:
-        ids = self._ids[:].split(b"\n")
-        if ids.pop() or len(ids) != len(self) or len(set(ids)) != len(ids):
+        """Each id can be one, and no two are the same: by their hashes first, so that not all are in memory."""
+        if len(self._id_ends) != len(self) or int(self._id_ends[-1]) != len(self._ids) - 1:
             raise DamagedPrompts(self.directory, "its prompts have no ids, or two have one")
-        for number, prompt_id in enumerate(ids):
+        hashes = array("q", bytes(8 * len(self)))
+        for number, prompt_id in self._each_id():
             if not is_prompt_id(prompt_id):
                 raise DamagedPrompts(self.directory, f"the id of prompt {number} cannot be one")
+            hashes[number] = xxh3_64_intdigest(prompt_id) - (1 << 63)
+        ordered = torch.frombuffer(hashes, dtype=torch.int64).sort().values
+        twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        alike = [prompt_id for number, prompt_id in self._each_id() if hashes[number] in twice] if twice else []
+        if len(set(alike)) != len(alike):
+            raise DamagedPrompts(self.directory, "its prompts have no ids, or two have one")
+
+    def _each_id(self) -> Iterator[tuple[int, bytes]]:
+        start = 0
+        for first in range(0, len(self), _CHUNK):
+            for number, end in enumerate(self._id_ends[first : first + _CHUNK].tolist(), start=first):
+                yield number, self._ids[start:end]
+                start = end + 1
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever sources, settings or tokenizer would give other prompts."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """What was counted of each source (``report``); empty where prompts were at hand."""
+        return list(self.manifest["report"])
 
     @property
     def dropped(self) -> int:
@@ -136,6 +161,18 @@ class PromptSet(Sequence[Prompt]):
         index %= len(self)
         start = int(self._id_ends[index - 1]) + 1 if index else 0
         return self._ids[start : int(self._id_ends[index])].decode()
+
+    def find(self, prompt_id: str) -> int | None:
+        """The number of the prompt with this id; None if there is none."""
+        wanted = prompt_id.encode(errors="replace") + b"\n"
+        if self._ids[: len(wanted)] == wanted:
+            return 0
+        at = self._ids.find(b"\n" + wanted)
+        return None if at < 0 else int(torch.searchsorted(self._id_ends, at)) + 1
+
+    def lengths(self) -> Tensor:
+        """The length of each prompt: int64 [N]."""
+        return self._offsets.diff()
 
     def num_tokens_of(self, index: int) -> int:
         """The length of prompt ``index``, without reading its tokens."""

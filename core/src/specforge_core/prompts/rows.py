@@ -68,7 +68,7 @@ def read_rows(
             empty = False
             where = f"{file.name}:{record.number}"
             try:
-                row = _parse_record(record, prompt_id=f"{file.label}-{count:05d}", where=where, mapping=mapping)
+                row = parse_record(record, prompt_id=f"{file.label}-{count:05d}", where=where, mapping=mapping)
                 _check_id(row, line_of, files)
             except DataError as error:
                 yield BadRow(where, error)
@@ -79,7 +79,8 @@ def read_rows(
             raise DataError("holds no prompts", where=file.name, hint="one JSON object per line")
 
 
-def _parse_record(record: Record, *, prompt_id: str, where: str, mapping: Mapping[str, str]) -> SourceRow:
+def parse_record(record: Record, *, prompt_id: str, where: str, mapping: Mapping[str, str]) -> SourceRow:
+    """What a row of a file says; see ``parse_row``. :raises DataError: it cannot be read, or is not understood."""
     if record.error is not None:
         raise record.error
     row = parse_row(record.content, prompt_id=prompt_id, where=where, mapping=mapping)

@@ -35,13 +35,12 @@ from specforge_core.loading.loader import Loader, LoaderParts
 from specforge_core.loading.order import PromptOrder
 from specforge_core.loading.sample_reader import SampleReader
 from specforge_core.loading.windows import WindowPlan
-from specforge_core.prompts.prepare import prepare_prompts
-from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.run.batches import RunBatches
 from specforge_core.run.directory import RunDirectory
 from specforge_core.run.feature_manifest import check_features, describe_features, record_features
 from specforge_core.run.frozen_source import RunFrozenSource
 from specforge_core.run.observing import RunRecord
+from specforge_core.run.prompts import RunPrompts
 from specforge_core.run.provenance import describe_run
 from specforge_core.run.ranks import join_ranks
 from specforge_core.run.sealed_refs import read_all
@@ -77,7 +76,7 @@ class Run:
         self.progress = progress
         self.directory = RunDirectory.of(plan.config)
         self._observers = observers
-        self._prompts: dict[Split, PromptSet] = {}
+        self.prompts = RunPrompts(plan, progress=progress("prompts"), stop=stop)
         self.batches = RunBatches(plan, prompts=self.prompts, order=lambda: self.order)
         self.wires = RunWires(plan, self.directory, fingerprint=self.batches.fingerprint)
 
@@ -122,20 +121,6 @@ class Run:
     @cached_property
     def checkpoint_reader(self) -> CheckpointReader:
         return CheckpointReader(self.directory.checkpoints, self.provenance)
-
-    def prompts(self, split: Split) -> PromptSet:
-        """The prepared prompts of a split; prepared now unless they were before."""
-        if split not in self._prompts:
-            data = self.plan.config.data
-            self._prompts[split] = prepare_prompts(
-                data.train if split == "train" else data.eval,
-                directory=self.directory.prompts(split),
-                tokenizer=lambda: resolve(self.plan.target_engine.tokenizer)(self.plan.target_section),
-                settings=data if split == "train" else data.model_copy(update={"max_prompts": None}),
-                vocab_size=self.plan.info.vocab_size,
-                progress=self.progress("prompts"),
-            )
-        return self._prompts[split]
 
     def manifest(self, split: Split) -> dict[str, Any]:
         """What this run's features of a split are features of."""

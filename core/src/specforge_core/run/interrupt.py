@@ -9,9 +9,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from specforge_core.contracts import StopSignal
+from specforge_core.contracts import Progress, StopSignal
 
 EXIT_INTERRUPTED = 130
+
+
+class StoppableProgress:
+    """A stage's progress that ends the stage when a stop is requested: for a stage that is told of none otherwise."""
+
+    def __init__(self, progress: Progress, stop: StopSignal) -> None:
+        self._progress = progress
+        self._stop = stop
+
+    def begin(self, description: str, total: int | None) -> None:
+        """:raises RunStopped: a stop was requested."""
+        self._stop.raise_if_requested()
+        self._progress.begin(description, total)
+
+    def advance(self, units: int, **values: float) -> None:
+        """:raises RunStopped: a stop was requested."""
+        self._stop.raise_if_requested()
+        self._progress.advance(units, **values)
+
+    def waiting(self, reason: str | None) -> None:
+        """:raises RunStopped: a stop was requested."""
+        self._stop.raise_if_requested()
+        self._progress.waiting(reason)
 
 
 @contextmanager
