@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.set-up
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup services demo compare test chaos fuzz load test-server lint bench clean
+.PHONY: help setup services demo compare test chaos fuzz prompts load test-server lint bench clean
 
 help:
 	@echo "make setup   everything of this repository, editable, into $(VENV)"
@@ -16,6 +16,7 @@ help:
 	@echo "make test    set up, start the servers the tests need, run every test"
 	@echo "make chaos   200 faults, seeded, against runs over files and over Mooncake and Redis (SEED=7 FAULTS=200)"
 	@echo "make fuzz    files of every kind, changed in every way, read for SECONDS=120 each (SEED=7)"
+	@echo "make prompts 10,000 random conversations through chat templates of every kind (SEED=7 TALKS=10000)"
 	@echo "make load    20,000 samples through 4 capture processes, with backpressure on"
 	@echo "make test-server   serve exports in vLLM on CPU (installs it, 4 GB, into an environment of its own; 8 minutes)"
 	@echo "make lint    ruff and mypy"
@@ -63,6 +64,10 @@ chaos: setup services
 SECONDS ?= 120
 fuzz: setup
 	$(BIN)/python -m pytest tests/fuzz -n 2 --timeout 0 --fuzz-seconds $(SECONDS) --fuzz-seed $(SEED)
+
+TALKS ?= 10000
+prompts: setup
+	$(BIN)/python -m pytest tests/prompts -n 2 --timeout 0 --talks $(TALKS) --talks-seed $(SEED)
 
 load: setup services
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/load_run.py

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 from collections.abc import Callable
@@ -11,9 +12,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow as pa
 import torch
 import yaml
+import zstandard
 from mutations import change_json, damage
+from pyarrow import feather, parquet
 from specforge_core.checkpoint.manifest import write_manifest
 from specforge_core.checkpoint.resume import CheckpointReader, load_draft
 from specforge_core.checkpoint.writer import CheckpointWriter
@@ -21,6 +25,7 @@ from specforge_core.config.load import load_run_config
 from specforge_core.contracts import (
     AccessDenied,
     CaptureBatch,
+    DataError,
     PartContext,
     Prompt,
     SampleRef,
@@ -38,7 +43,7 @@ from specforge_core.hooks.builtin import FileChannelConfig, FileStoreConfig
 from specforge_core.hooks.descriptors import resolve
 from specforge_core.hooks.manager import PluginRegistry
 from specforge_core.prompts.prompt_set import PromptSet, write_prompt_set
-from specforge_core.prompts.rows import read_rows
+from specforge_core.prompts.rows import BadRow, read_rows
 from specforge_core.reporting.html import render_page
 from specforge_core.reporting.records import read_run
 from specforge_core.testing.samples import make_ref, make_sample
@@ -118,16 +123,40 @@ def read_run_file(directory: Path, given: Any) -> Any:
 
 
 def make_rows(directory: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked, answered = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
     rows: list[dict[str, Any]] = [
-        {"id": "a", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
-        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        {"id": "a", "messages": [asked, answered], "tools": [call], "system": "s"},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho", "weight": 0}]},
         {"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]},
+        {"messages": [asked], "choices": [{"message": {**answered, "tool_calls": [call]}, "finish_reason": "stop"}]},
+        {"messages": [asked, {**answered, "channel": "analysis"}, {**answered, "channel": "final"}]},
+        {"text": "hiho", "spans": [[2, 4]]},
+        {"prompt": [asked], "completion": "ho"},
+        {"instruction": "hi", "input": "x", "output": "ho", "history": [["a", "b"]]},
+        {"prompt_token_ids": [1], "choices": [{"token_ids": [2]}]},
     ]
-    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (directory / "rows.jsonl").write_bytes(lines)
+    (directory / "rows.json").write_text(json.dumps(rows))
+    (directory / "rows.jsonl.gz").write_bytes(gzip.compress(lines))
+    (directory / "rows.jsonl.zst").write_bytes(zstandard.compress(lines))
+    talks = pa.Table.from_pylist([{"id": row.get("id"), "messages": row["messages"]} for row in rows[:1]] * 9)
+    parquet.write_table(talks, directory / "rows.parquet")
+    feather.write_feather(talks, directory / "rows.feather")
 
 
 def read_prompt_rows(directory: Path, given: Any) -> Any:
-    return list(read_rows([directory / "rows.jsonl"]))
+    """Of every file; one that cannot be read does not keep the others from it."""
+    found, errors = [], []
+    for path in sorted(directory.iterdir()):
+        try:
+            found += [replace(row, where="") for row in read_rows([path]) if not isinstance(row, BadRow)]
+        except DataError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return found
 
 
 def make_prompts(directory: Path) -> None:

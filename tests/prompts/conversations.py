@@ -63,6 +63,7 @@ def fixed(template: Template) -> Iterator[tuple[str, Talk]]:
         yield name, Talk(messages)
     for name, messages in QUOTING.items() if template.quoting else ():
         yield name, Talk([replace(m, content=_quoted(m.content, template)) for m in messages])
+    yield "contents as parts", Talk(PLAIN["two rounds"], form="parts")
     if template.system:
         system = Message("system", "Be brief, Q7777Q.")
         yield "system", Talk([system, ask(1), answer("It is one.")])
@@ -188,7 +189,7 @@ def _answer(template: Template, chance: Random) -> Message:
     thought = _words(chance, 6) if template.thoughts and chance.random() < 0.5 else ""
     text = "" if chance.random() < 0.05 else _text(template, chance, secret=False)
     if template.thoughts_in_content and not thought and chance.random() < 0.15:
-        text = f"<think>\n{_words(chance, 6)}\n</think>\n\n{text.strip()}"
+        text = f"<think>\n{_words(chance, 6)}\n</think>\n\n{text.strip() or 'Yes.'}"
     return Message("assistant", text, thought)
 
 

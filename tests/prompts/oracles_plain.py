@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from talk import EITHER, NO, YES, Piece, Refused, Talk, hoisted, template
+from talk import EITHER, NO, YES, Piece, Refused, Talk, headerless, hoisted, template
 
 
 @template("<|user|> <|assistant|> <|system|> </s>", "</s>", needs_eos=True)
@@ -220,13 +220,11 @@ def always_prompts(talk: Talk) -> Iterator[Piece]:
 
 @template("<|user|> <|assistant|> <|system|> <|end|>", "<|end|>")
 def prompt_after_question(talk: Talk) -> Iterator[Piece]:
-    asked = False
-    for message in talk.messages:
+    for index, message in enumerate(talk.messages):
         if message.answers:
-            yield message.content + "<|end|>", YES if asked else EITHER
+            yield message.content + "<|end|>", headerless(talk, index)
             yield "\n", NO
         else:
-            asked = asked or message.role == "user"
             yield f"<|{message.role}|>\n{message.content}<|end|>\n", NO
             yield "<|assistant|>\n" if message.role == "user" else "", NO
 
@@ -243,15 +241,13 @@ def same_token(talk: Talk) -> Iterator[Piece]:
 
 @template("<s> </s>", "</s>", bos="<s>", needs_eos=True)
 def round_tokens(talk: Talk) -> Iterator[Piece]:
-    asked = False
-    for message in talk.messages:
+    for index, message in enumerate(talk.messages):
         if message.role == "user":
-            asked = True
             yield f"<s>Human: {message.content.strip()}\n\nAssistant: ", NO
         elif message.role == "system":
             yield f"<s>{message.content.strip()}\n\n", NO
         else:
-            yield message.content.strip() + "</s>", YES if asked else EITHER
+            yield message.content.strip() + "</s>", headerless(talk, index)
 
 
 @template("<|endoftext|>", "<|endoftext|>")

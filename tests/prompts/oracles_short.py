@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from talk import EITHER, NO, YES, Piece, Refused, Talk, hoisted, refuse_unless_in_turn, template
+from talk import EITHER, NO, YES, Piece, Refused, Talk, headerless, hoisted, refuse_unless_in_turn, template
 
 
 @template("<|im_start|> <|im_end|>", "<|im_end|>")
@@ -57,29 +57,24 @@ def llama2(talk: Talk) -> Iterator[Piece]:
 @template("<s> </s> [INST] [/INST]", "</s>", bos="<s>")
 def inst_plain(talk: Talk) -> Iterator[Piece]:
     yield "<s>", NO
-    asked = False
-    for turn in talk.messages:
+    for index, turn in enumerate(talk.messages):
         if turn.role == "user":
-            asked = True
             yield f"[INST]{turn.content}[/INST]", NO
         elif turn.answers:
-            yield turn.content + "</s>", YES if asked else EITHER
+            yield turn.content + "</s>", headerless(talk, index)
 
 
 @template("<s> </s> [INST] [/INST]", "</s>", bos="<s>")
 def inst_system_last(talk: Talk) -> Iterator[Piece]:
-    system, turns = hoisted(talk.messages)
-    has_system = talk.messages[0].role == "system"
-    last = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
-    asked = False
+    last = max((index for index, turn in enumerate(talk.messages) if turn.role == "user"), default=-1)
+    system = f"{talk.messages[0].content}\n\n" if talk.messages[0].role == "system" else ""
     yield "<s>", NO
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(talk.messages):
         if turn.role == "user":
-            asked = True
-            yield "[INST] " + (f"{system}\n\n" if index == last and has_system else "") + turn.content + "[/INST]", NO
-        else:
+            yield f"[INST] {system if index == last else ''}{turn.content}[/INST]", NO
+        elif turn.answers:
             yield " ", EITHER
-            yield turn.content + "</s>", YES if asked else EITHER
+            yield turn.content + "</s>", headerless(talk, index)
 
 
 @template("<s> <|head|> <|/head|> <|eot|>", "<|eot|>", bos="<s>")
@@ -110,7 +105,8 @@ def gemma_system(talk: Talk) -> Iterator[Piece]:
         yield f"<start_of_turn>{'model' if turn.answers else turn.role}\n", NO
         if index == 0 and talk.messages[0].role == "system":
             yield system + "\n\n", NO
-        yield turn.content.strip() + "<end_of_turn>", turn.answers
+        led = index == 0 and talk.messages[0].role == "system"  # no prompt ends with a system text
+        yield turn.content.strip() + "<end_of_turn>", EITHER if led and turn.answers else turn.answers
         yield "\n", NO
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from oracles_short import chatml
-from talk import NO, YES, Message, Piece, Talk, template
+from talk import NO, YES, Message, Piece, Talk, headerless, template
 
 
 def _last_question(talk: Talk) -> int:
@@ -112,13 +112,12 @@ def think_never(talk: Talk) -> Iterator[Piece]:
 )
 def think_lone_close(talk: Talk) -> Iterator[Piece]:
     yield "<bos>", NO
-    last, asked = "", False
-    for message in talk.messages:
+    last = ""
+    for index, message in enumerate(talk.messages):
         if message.answers:
             yield "<|Assistant|></think>" if last == "user" else "", NO
-            yield message.content.split("</think>", 1)[-1] + "<eos>", YES if asked else None
+            yield message.content.split("</think>", 1)[-1] + "<eos>", headerless(talk, index)
         else:
-            asked = asked or message.role == "user"
             yield "<|User|>" if message.role == "user" else "", NO
             yield message.content, NO
         last = message.role

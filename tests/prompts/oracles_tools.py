@@ -5,7 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from talk import EITHER, NO, YES, Call, Message, Piece, Refused, Talk, dumps, hoisted, refuse_unless_in_turn, template
+from talk import (
+    EITHER,
+    NO,
+    YES,
+    Call,
+    Message,
+    Piece,
+    Refused,
+    Talk,
+    dumps,
+    headerless,
+    hoisted,
+    refuse_unless_in_turn,
+    template,
+)
 
 
 def _neighbours(messages: Sequence[Message]) -> Iterator[tuple[str, Message, str]]:
@@ -67,9 +81,9 @@ def tools_before_last_question(talk: Talk) -> Iterator[Piece]:
     refuse_unless_in_turn([turn for turn in turns if turn.role == "user" or (turn.answers and not turn.calls)])
     if any(len(call.call_id) != 9 for turn in turns for call in turn.calls):
         raise Refused("an id")
-    last = _last_question(turns)
+    last = _last_question(talk.messages)
     yield "<s>", NO
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(talk.messages):
         if turn.role == "user":
             if index == last and talk.tools:
                 yield f"[AVAILABLE_TOOLS] {dumps(list(talk.tools))}[/AVAILABLE_TOOLS]", NO
@@ -80,8 +94,8 @@ def tools_before_last_question(talk: Talk) -> Iterator[Piece]:
             yield f"[TOOL_CALLS] {dumps(made)}</s>", YES
         elif turn.answers:
             yield " ", EITHER
-            yield turn.content.strip() + "</s>", YES
-        else:
+            yield turn.content.strip() + "</s>", headerless(talk, index)
+        elif turn.role == "tool":
             yield f'[TOOL_RESULTS] {{"content": {turn.content}, "call_id": "{turn.call_id}"}}[/TOOL_RESULTS]', NO
 
 
@@ -98,13 +112,11 @@ def tools_named_args(talk: Talk) -> Iterator[Piece]:
     if talk.tools:
         yield f"[AVAILABLE_TOOLS]{dumps(list(talk.tools))}[/AVAILABLE_TOOLS]", NO
     names = {"system": "SYSTEM_PROMPT", "user": "INST", "tool": "TOOL_RESULTS"}
-    asked = False
-    for turn in talk.messages:
+    for index, turn in enumerate(talk.messages):
         if turn.answers:
             calls = "".join(f"[TOOL_CALLS]{call.name}[ARGS]{call.json}" for call in turn.calls)
-            yield f"{turn.content}{calls}</s>", YES if asked else EITHER
+            yield f"{turn.content}{calls}</s>", headerless(talk, index)
         else:
-            asked = asked or turn.role == "user"
             yield f"[{names[turn.role]}]{turn.content}[/{names[turn.role]}]", NO
 
 
@@ -165,7 +177,7 @@ def _python(call: Call) -> str:
 )
 def tools_fenced(talk: Talk) -> Iterator[Piece]:
     yield "<bos>" + "".join(message.content for message in talk.messages if message.role == "system"), NO
-    for before, message, after in _neighbours(talk.messages):
+    for index, (before, message, after) in enumerate(_neighbours(talk.messages)):
         if message.role == "user":
             yield "<|User|>" + message.content, NO
         elif message.role == "tool":
@@ -178,7 +190,8 @@ def tools_fenced(talk: Talk) -> Iterator[Piece]:
                 f"<|call_begin|>function<|tool_sep|>{call.name}\n```json\n{call.json}\n```<|call_end|>"
                 for call in message.calls
             )
-            yield message.content + (f"<|calls_begin|>{calls}<|calls_end|>" if calls else "") + "<eos>", YES
+            section = f"<|calls_begin|>{calls}<|calls_end|>" if calls else ""
+            yield message.content + section + "<eos>", headerless(talk, index) if before == "tool" else YES
 
 
 @template(

@@ -183,6 +183,20 @@ def hoisted(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
     return "", messages
 
 
+def headerless(talk: Talk, index: int) -> bool | None:
+    """Whether an answer is trained that the template gives no header of its own.
+
+    It is after a question, and later where it says anything. Before the first question either is right: it answers
+    nothing. So is either of an answer that is no text at all and does not stand after a question.
+    """
+    before = talk.messages[:index]
+    message = talk.messages[index]
+    if not any(earlier.role == "user" for earlier in before):
+        return EITHER
+    says = message.content.strip() or message.calls
+    return YES if says or before[-1].role == "user" else EITHER
+
+
 def runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Pieces without empty ones, neighbours of a kind joined."""
     text, kind = "", None

@@ -259,3 +259,12 @@ def test_no_message_about_an_override_tells_a_secret(tmp_path: Path, override: s
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, GOOD.replace("target:", "channel: {name: x, url: y}\ntarget:"), override, "topology=other")
     assert "wonderful-secret" not in str(caught.value)
+
+
+def test_data_are_paths_and_hub_data_sets(tmp_path: Path) -> None:
+    text = GOOD.replace("[a.jsonl]", "[a.jsonl, {hub: org/name, revision: v1}]")
+    path, hub = load(tmp_path, text).config.data.train
+    assert path == Path("a.jsonl")
+    assert (hub.hub, hub.revision, hub.split, hub.config) == ("org/name", "v1", "train", None)
+    with pytest.raises(ConfigError, match=r"data\.train\.1\.revison \(line 6\): unknown key 'revison'; did you mean"):
+        load(tmp_path, text.replace("revision", "revison"))

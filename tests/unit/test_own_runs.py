@@ -47,6 +47,8 @@ WIDENING: dict[str, tuple[str, object]] = {
     "target.attn_implementation": ("code from the hub", "kernels-community/any"),
     "target.path": ("fetch", "somebody/model"),
     "run.token_file": ("use the secret in", "/etc/hostname"),
+    "data.train": ("connect to the hub and download org/talks", [{"hub": "org/talks"}]),
+    "data.eval": ("connect to the hub and download org/talks", ["a.jsonl", {"hub": "org/talks"}]),
     "data.features": ("keep its features in", "/var/elsewhere"),
     "store.path": ("keep its features in", "/var/elsewhere"),
     "channel.path": ("keep its refs in", "/var/elsewhere"),

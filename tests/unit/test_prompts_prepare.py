@@ -178,9 +178,9 @@ ROWS = {
     "no role": ({"messages": [{"content": "hi"}]}, "x.jsonl:2: messages[0]: names no role"),
     "odd role": ({"messages": [{"role": "usr", "content": "hi"}]}, "messages[0].role: unknown role 'usr'"),
     "no content": ({"messages": [TALK[0], {"role": "assistant"}]}, "messages[1].content: is missing or not text"),
-    "ShareGPT without value": ({"conversations": [{"from": "human"}]}, "conversations[0].content: is missing"),
+    "ShareGPT without value": ({"conversations": [{"from": "human"}]}, "conversations[0].value: is missing"),
     "half a surrogate": ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages[0].content: holds half"),
-    "tool calls": ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, "tool_calls[0]: is a int"),
+    "tool call": ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls[0]: is a int"),
     "same id": ({**TOKENS, "id": "first"}, "x.jsonl:2: id 'first' is also that of"),
     "vocabulary": ({**TOKENS, "input_ids": [1, 2, 3, 100]}, "x.jsonl:2: vocabulary mismatch: token id 100 in sample x"),
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from glob import has_magic
+from glob import has_magic, iglob
 from pathlib import Path
 
 from specforge_core.config.document import Keys
@@ -54,8 +54,8 @@ def _check_paths(parts: Composition) -> Iterator[str]:
     config = parts.loaded.config
     for key, paths in (("train", config.data.train), ("eval", config.data.eval)):
         for path in paths:
-            if isinstance(path, Path) and not path.exists() and not has_magic(str(path)):
-                yield f"{parts.at('data', key)}: {path} does not exist; paths are relative to {Path.cwd()}"
+            if isinstance(path, Path) and not path.exists() and not any(iglob(str(path), recursive=True)):
+                yield f"{parts.at('data', key)}: {_missing(path)} {Path.cwd()}"
     if config.run.directory.exists() and not config.run.directory.is_dir():
         yield f"{parts.at('run', 'directory')}: {config.run.directory} is a file; name a directory"
     token = config.run.token_file
@@ -67,6 +67,12 @@ def _check_paths(parts: Composition) -> Iterator[str]:
         yield f"{parts.at('data', 'features')}: only `topology: offline` keeps features; leave it out or change that"
     if features is not None and features.exists() and not features.is_dir():
         yield f"{parts.at('data', 'features')}: {features} is a file; name a directory"
+
+
+def _missing(path: Path) -> str:
+    if not has_magic(str(path)):
+        return f"{path} does not exist; paths are relative to"
+    return f"no file matches {path}; patterns are relative to"
 
 
 def _check_target(parts: Composition) -> Iterator[str]:

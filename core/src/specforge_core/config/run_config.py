@@ -8,10 +8,11 @@ against the chosen plugin's own section by ``config.plan``.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from specforge_core.config.sections import Section
 
@@ -47,15 +48,24 @@ class HubSource(Section):
     config: str | None = Field(None, min_length=1, max_length=200, description="default: the data set's only or own")
 
 
+def _kind_of_source(given: object) -> str:
+    return "hub data set" if isinstance(given, (Mapping, HubSource)) else "path"
+
+
+DataSource = Annotated[
+    Annotated[Path, Tag("path")] | Annotated[HubSource, Tag("hub data set")], Discriminator(_kind_of_source)
+]
+
+
 class DataSection(Section):
     """Where prompts come from and how they become token ids and loss masks."""
 
-    train: list[Path | HubSource] = Field(
+    train: list[DataSource] = Field(
         min_length=1,
         description="files (JSON lines or arrays, also .gz and .zst, parquet, arrow), datasets on disk, folders, "
         "patterns such as data/*.jsonl, and {hub: org/name, revision, split, config}",
     )
-    eval: list[Path | HubSource] = Field(default=[], description="held-out prompts; captured once and kept")
+    eval: list[DataSource] = Field(default=[], description="held-out prompts; captured once and kept")
     mapping: dict[str, str] = Field(
         default={}, description="the rows' own keys for what is read of them, such as {messages: dialogue, tools: apis}"
     )
@@ -159,6 +169,33 @@ class EvaluationSection(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="default: training.micro_batch_size")
 
 
+class RegenerateSection(Section):
+    """Answers made by the target itself: what a draft learns most from."""
+
+    output: Path | None = Field(None, description="where the answers go; default: regenerated/ in the run directory")
+    turns: Literal["all", "last"] = Field(
+        "all", description="all: every answer, each upon the target's own answers before it; last: the last one alone"
+    )
+    servers: list[str] = Field(
+        default=[],
+        description="addresses of servers with an OpenAI-compatible API, such as http://host:8000/v1; "
+        "default: the target engine in this process",
+    )
+    model: str | None = Field(None, description="the model's name on the servers; default: the only one they have")
+    api_key_file: Path | None = Field(None, description="file with the servers' key; default: no key")
+    concurrency: int = Field(64, ge=1, le=4096, description="requests in flight, over all servers")
+    timeout_seconds: float = Field(600.0, gt=0, description="longest wait for one answer")
+    retries: int = Field(5, ge=0, description="further tries of a request that failed")
+    temperature: float = Field(0.0, ge=0, description="0: the likeliest token each time")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: leave it out")
+    max_tokens: int = Field(1024, ge=1, description="tokens per answer; a longer one is cut and marked")
+    thinking: Literal["template", "on", "off", "mixed"] = Field(
+        "template", description="template: as the chat template does by itself; mixed: on for half of the conversations"
+    )
+    batch_size: int = Field(32, ge=1, description="answers that an engine in this process makes at once")
+
+
 class BenchSection(Section):
     """Real greedy speculative decoding against plain decoding of the same target."""
 
@@ -188,4 +225,5 @@ class RunConfig(Section):
     loading: LoadingSection = LoadingSection()
     checkpoint: CheckpointSection = CheckpointSection()
     evaluation: EvaluationSection = EvaluationSection()
+    regenerate: RegenerateSection = RegenerateSection()
     bench: BenchSection = BenchSection()

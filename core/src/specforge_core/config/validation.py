@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 
@@ -45,9 +45,7 @@ def _problem(detail: ErrorDetails, model: type[BaseModel], where: str) -> tuple[
 
 def _is_secret(location: tuple[int | str, ...], model: type[BaseModel]) -> bool:
     """A setting is one by its name, or as its section declares it (``repr=False``, ``SecretStr``)."""
-    section: type[BaseModel] | None = model
-    for step in location[:-1]:
-        section = _section_of(section, str(step)) if section is not None else None
+    section = _section_at(location[:-1], model)
     last = str(location[-1]) if location else ""
     declared = section.model_fields.get(last) if section is not None else None
     return is_secret_name(last) or (declared is not None and not (declared.repr and _may_show(declared.annotation)))
@@ -93,9 +91,7 @@ def _describe(detail: ErrorDetails, model: type[BaseModel], *, shown: str) -> st
 
 def _describe_unknown(location: tuple[int | str, ...], model: type[BaseModel]) -> str:
     key = str(location[-1])
-    section: type[BaseModel] | None = model
-    for step in location[:-1]:
-        section = _section_of(section, str(step)) if section is not None else None
+    section = _section_at(location[:-1], model)
     siblings = list(section.model_fields) if section is not None else []
     elsewhere = [path for path in _dotted_keys(model) if path.rpartition(".")[2] == key]
     hint = suggest(key, siblings)
@@ -107,13 +103,29 @@ def _describe_unknown(location: tuple[int | str, ...], model: type[BaseModel]) -
     return f"{what} {show_value(key)}; {hint}" if hint else f"{what} {show_value(key)}"
 
 
+def _section_at(location: tuple[int | str, ...], model: type[BaseModel]) -> type[BaseModel] | None:
+    """The section that a location leads to; an item's number and the name of a union's member lead nowhere else."""
+    section: type[BaseModel] | None = model
+    inside = False
+    for step in location:
+        if section is None or (inside and str(step) not in section.model_fields):
+            continue
+        annotation = section.model_fields[str(step)].annotation if str(step) in section.model_fields else None
+        section = _section_of(section, str(step))
+        inside = get_origin(annotation) is list
+    return section
+
+
 def _section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
     """The model of a field that is a section itself, also where the field may be null."""
     if name not in model.model_fields:
         return None
-    annotation = model.model_fields[name].annotation
-    members = [annotation, *get_args(annotation)]
-    return next((member for member in members if isinstance(member, type) and issubclass(member, BaseModel)), None)
+    members = [model.model_fields[name].annotation]
+    for member in members:  # of what it is made of, level by level
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            return member
+        members += get_args(member)
+    return None
 
 
 def _dotted_keys(model: type[BaseModel]) -> list[str]:

@@ -29,6 +29,12 @@ from specforge_core.contracts.errors import (
     TargetError,
 )
 from specforge_core.contracts.feature_store import FeatureStore, StoreCapabilities, Usage
+from specforge_core.contracts.generation import (
+    AnswerSource,
+    GeneratedAnswer,
+    GenerationRequest,
+    GenerationSettings,
+)
 from specforge_core.contracts.leases import CaptureBatch, Lease, LeaseDesk, Split, read_batch
 from specforge_core.contracts.metrics import Ratio, simulated_acceptance_length, sum_ratios
 from specforge_core.contracts.part_context import PartContext
@@ -80,6 +86,7 @@ __all__ = [
     "LM_HEAD",
     "LOSS_MASK",
     "AccessDenied",
+    "AnswerSource",
     "Batch",
     "BenchError",
     "CaptureBatch",
@@ -101,6 +108,9 @@ __all__ = [
     "FeatureSpec",
     "FeatureStore",
     "FrozenSource",
+    "GeneratedAnswer",
+    "GenerationRequest",
+    "GenerationSettings",
     "InFlight",
     "Lease",
     "LeaseDesk",

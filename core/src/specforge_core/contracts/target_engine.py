@@ -6,12 +6,13 @@ from __future__ import annotations
 import datetime
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from specforge_core.contracts.decoding import TargetDecoder
 from specforge_core.contracts.errors import TargetError
+from specforge_core.contracts.generation import AnswerSource
 from specforge_core.contracts.records import CaptureRequest, Norm, Prompt, Sample, TargetInfo
 
 if TYPE_CHECKING:
@@ -82,6 +83,17 @@ class TargetEngine(ABC):
         :raises TargetError: this engine captures only.
         """
         raise TargetError(f"{type(self).__name__} captures features but cannot decode in this process")
+
+    def answers(self, stop_token_ids: Collection[int]) -> AnswerSource:
+        """A source of answers by this target, on this engine.
+
+        :param stop_token_ids: what ends an answer.
+        :raises TargetError: this engine captures only.
+        """
+        raise TargetError(
+            f"{type(self).__name__} captures features but cannot answer in this process",
+            hint="name servers under regenerate",
+        )
 
     @abstractmethod
     def health(self) -> None:

@@ -11,14 +11,15 @@ that ends turns in this template (``turn_ends``), or, where it has none, with th
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
 from specforge_core.prompts.marking import Kind, Place
 from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking
+from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking, has_thinking
 
 Span = tuple[int, int]
 
@@ -33,12 +34,14 @@ class Turn:
 
     :param message: which message it is.
     :param start: where its trained text begins; None where that cannot be told.
+    :param body_end: where its own texts end; what ends the turn follows.
     :param ended: whether it ends with a token that ends turns.
     :param inserted: whether an empty thinking block was inserted before it.
     """
 
     message: int
     start: int | None
+    body_end: int
     end: int
     ended: bool
     inserted: bool = False
@@ -50,33 +53,62 @@ class TurnLocator:
     def __init__(self, renderer: TemplateRenderer, ends: TurnEnds):
         self._renderer = renderer
         self._ends = ends
-        self._prompts: dict[tuple[object, ...], str] = {}
-        """What follows the last text of the prompt of an answer, by what stands before it."""
-        self._blocks: set[str] = set()
-        """Empty thinking blocks that the template inserts."""
+        self._plain_prompts = frozenset(self._probe_prompts())
+
+    @cached_property
+    def _blocks(self) -> frozenset[str]:
+        """The empty thinking block that the template inserts before a plain answer, if it does."""
+        rendering = self._render_plain("user", "assistant")
+        if rendering is None or not rendering.places:
+            return frozenset()
+        room = _room_of(rendering, 1)
+        header = self._prompt_length(rendering, 1, room, least=0) or 0
+        gap = rendering.text[room.start + header : room.gap_end]
+        return frozenset({gap[: _block_length(gap)]} - {""})
+
+    def _probe_prompts(self) -> Iterator[str]:
+        """What follows a question in its prompt, in plain conversations: most rows have just that."""
+        for roles in (("user",), ("system", "user"), ("user", "assistant", "user")):
+            rendering = self._render_plain(*roles)
+            if rendering is None or not rendering.places:
+                continue
+            try:
+                prompt, places = self._renderer.first_messages(rendering, len(roles), add_generation_prompt=True)
+                yield prompt[_end_of(rendering.places[-1], places) :]
+            except DataError:
+                continue
+
+    def _render_plain(self, *roles: str) -> Rendering | None:
+        try:
+            return self._renderer.render(Conversation([{"role": role, "content": f"plain {role}"} for role in roles]))
+        except DataError:
+            return None
 
     def locate(self, rendering: Rendering) -> list[Turn]:
         """The assistant turns of a rendering, in order."""
         if rendering.places is None:
             return self._locate_by_prefixes(rendering)
         turns: list[Turn] = []
-        after = 0
+        before = None
         for index, message in enumerate(rendering.messages):
             if message.get("role") != "assistant":
                 continue
-            turn = self._locate_turn(rendering, index, after)
-            turns.append(turn)
-            after = turn.end
+            before = self._locate_turn(rendering, index, before)
+            turns.append(before)
         return turns
 
-    def _locate_turn(self, rendering: Rendering, index: int, after: int) -> Turn:
-        """:param after: where the answer before ends."""
+    def _locate_turn(self, rendering: Rendering, index: int, before: Turn | None) -> Turn:
+        """:param before: the assistant turn before."""
         room = _room_of(rendering, index)
-        prompt_length = self._prompt_length(rendering, index, room)
-        if prompt_length is None and room.start <= after == room.gap_end and index:
+        prompt_length = self._prompt_length(rendering, index, room, least=before.body_end if before else 0)
+        after = before.end if before else 0
+        answered = index > 0 and rendering.messages[index - 1].get("role") == "assistant"
+        between = rendering.text[after : room.gap_end] if room.own else ""
+        if prompt_length is None and answered and room.start <= after <= room.gap_end and not between.strip():
             prompt_length = after - room.start  # it follows another answer without a header of its own
         if prompt_length is None:
-            return Turn(index, None, max(after, room.own[-1].end if room.own else room.start), ended=False)
+            end = max(after, room.own[-1].end if room.own else room.start)
+            return Turn(index, None, end, end, ended=False)
         start = room.start + prompt_length
         body_end = max(room.own[-1].end if room.own else start, start)
         inserted = 0
@@ -86,12 +118,13 @@ class TurnLocator:
         elif room.own[0].text.kind is not Kind.THOUGHT:
             gap = rendering.text[start : room.gap_end]
             inserted = self._inserted_length(gap, exact=not room.own[0].text.indented)
+        next_role = rendering.messages[index + 1].get("role") if index + 1 < len(rendering.messages) else None
         end, ended = self._ends.find(
             rendering.text[body_end : room.end],
-            is_last=index == len(rendering.messages) - 1,
+            next_role=next_role,
             closing=lambda: self._closing(rendering, index),
         )
-        return Turn(index, start + inserted, body_end + end, ended, inserted=bool(inserted))
+        return Turn(index, start + inserted, body_end, body_end + end, ended, inserted=bool(inserted))
 
     def _inserted_length(self, gap: str, *, exact: bool) -> int:
         """The length of the empty thinking block that ``gap`` begins with.
@@ -100,14 +133,7 @@ class TurnLocator:
             follow, and a block that is known tells where it begins.
         """
         length = _block_length(gap)
-        if length and exact:
-            self._blocks.add(gap[:length])
-        elif length:
-            if not self._blocks:
-                plain = Conversation(
-                    [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-                )
-                self.locate(self._renderer.render(plain))
+        if length and not exact:
             length = max((len(block) for block in self._blocks if gap.startswith(block)), default=length)
         return length
 
@@ -124,35 +150,36 @@ class TurnLocator:
             except DataError:
                 prompt = until = "\0"
             if not rendering.text.startswith(prompt) or not until.startswith(prompt):
-                turns.append(Turn(index, None, 0, ended=False))
+                turns.append(Turn(index, None, 0, 0, ended=False))
                 continue
             until = until[: _common_prefix_length(until, rendering.text)]
             inserted = self._inserted_length(until[len(prompt) :], exact=True)
             end, ended = self._ends.find_last(until[len(prompt) :])
-            turns.append(Turn(index, len(prompt) + inserted, len(prompt) + end, ended, inserted=bool(inserted)))
+            end += len(prompt)
+            turns.append(Turn(index, len(prompt) + inserted, end, end, ended, inserted=bool(inserted)))
         return turns
 
-    def _prompt_length(self, rendering: Rendering, index: int, room: _Room) -> int | None:
-        """How much of what follows the last text before an answer its prompt would show."""
+    def _prompt_length(self, rendering: Rendering, index: int, room: _Room, *, least: int) -> int | None:
+        """How much of what follows the last text before an answer its prompt would show.
+
+        :param least: where the prompt's header may begin.
+        """
         gap, anchor = rendering.text[room.start : room.gap_end], room.anchor
         previous = rendering.messages[index - 1] if index else {}
-        key = (
-            *(previous.get("role"), bool(previous.get("tool_calls")), index == 0, anchor is None),
-            *(rendering.tools is None, index > 1 and rendering.messages[index - 2].get("role")),
-        )
-        known = self._prompts.get(key)
-        if known is not None and known == gap:
+        plain = previous.get("role") == "user" and rendering.tools is None and not rendering.own_arguments
+        if plain and gap in self._plain_prompts and not has_thinking(gap):  # texts often decide about thinking
             return len(gap)
         try:
             text, places = self._renderer.first_messages(rendering, index, add_generation_prompt=True)
             shown = text[_end_of(anchor, places) :]
         except DataError:
-            return _prompt_within(gap, self._ends.header)
-        if self._ends.is_asking(shown):
-            self._prompts[key] = shown
-            if rendering.text.startswith(shown, room.start):
-                return len(shown)
-        return _prompt_within(gap, self._generation_prompt(rendering, index, text))
+            return _prompt_within(gap, self._ends.header, first=not room.own, least=least - room.start)
+        asks = previous.get("role") in ("user", "tool") or self._ends.is_asking(shown)
+        if asks and rendering.text.startswith(shown, room.start):
+            return len(shown)
+        return _prompt_within(
+            gap, self._generation_prompt(rendering, index, text), first=not room.own, least=least - room.start
+        )
 
     def _generation_prompt(self, rendering: Rendering, index: int, prompted: str) -> str:
         """What asking for an answer adds to the messages before it; that of a plain conversation if they refuse."""
@@ -197,6 +224,9 @@ def _room_of(rendering: Rendering, index: int) -> _Room:
         elif own:
             break
     before = [p for p in places if p.text.message < index and (not own or p.end <= own[0].start)]
+    if not own:  # texts of earlier messages may stand further on
+        last = max((place.text.message for place in before), default=None)
+        before = [place for place in before if place.text.message == last]
     anchor = max(before, key=lambda place: place.end, default=None)
     start = anchor.end if anchor else 0
     least = own[-1].end if own else start
@@ -217,20 +247,24 @@ def _end_of(anchor: Place | None, places: Sequence[Place]) -> int:
     raise DataError("the chat template leaves the text before the answer out of its prompt")
 
 
-def _prompt_within(gap: str, prompt: str) -> int | None:
+def _prompt_within(gap: str, prompt: str, *, first: bool, least: int) -> int | None:
     """The end, in ``gap``, of the longest beginning of ``prompt`` that stands in it; None if that is no part of it.
 
     A past turn lacks what only a generation prompt opens (a thinking block), so a beginning is enough; it is no part
     of a tag.
+
+    :param first: where it stands several times, the first counts (an empty answer may follow), else the last.
     """
+    enough = before_thinking(prompt)
     best_length, best_end = 0, None
-    for position in range(len(gap)):
+    for position in range(max(least, 0), len(gap)):
         length = _common_prefix_length(gap[position:], prompt)
         if 0 < length < len(prompt):
             length = len(_OPEN_TAG.sub("", prompt[:length]))
+        if length and first and length >= len(enough):
+            return position + length
         if length and length >= best_length:
             best_length, best_end = length, position + length
-    enough = before_thinking(prompt)
     return best_end if best_length and best_length >= len(enough) else None
 
 

@@ -50,18 +50,26 @@ def arrow_rows(table: Table) -> Iterator[Record]:
     """:raises DataError: a damaged file, or a column of a type that prompts are not made of."""
     number = 0
     for path in table.files:
-        for batch, unread in _batches(path, table):
-            for record in _records(batch, number + 1, table, unread=unread):
+        with _reading(path, table):
+            for record in _records_of(path, number + 1, table):
                 number = record.number
                 yield record
 
 
+def _records_of(path: Path, first: int, table: Table) -> Iterator[Record]:
+    for batch, unread in _batches(path, table):
+        yield from _records(batch, first, table, unread=unread)
+        first += batch.num_rows
+
+
 def _records(batch: pa.RecordBatch, first: int, table: Table, *, unread: frozenset[str]) -> Iterator[Record]:
-    small = _count_values(batch) <= MAX_ROW_BYTES
+    whole = _count_values(batch)
+    small = whole <= MAX_ROW_BYTES
     for index in range(batch.num_rows):
         row, number = batch.slice(index, 1), first + index
-        if small or _count_values(row) <= MAX_ROW_BYTES:
-            yield Record(number, _without_nulls(row.to_pylist()[0]), unread=unread)
+        size = whole // batch.num_rows if small else _count_values(row)
+        if size <= MAX_ROW_BYTES:
+            yield Record(number, _without_nulls(row.to_pylist()[0]), size=size, unread=unread)
         else:
             yield Record(number, error=_too_large(f"{table.name}:{number}"))
 
@@ -130,20 +138,19 @@ def _reading(path: Path, table: Table) -> Iterator[None]:
 
 
 def _batches(path: Path, table: Table) -> Iterator[tuple[pa.RecordBatch, frozenset[str]]]:
-    with _reading(path, table):
-        import pyarrow as pa
+    import pyarrow as pa
 
-        with open(open_regular(path, os.O_RDONLY), "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise ValueError("it is empty")
-            content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        head = bytes(content[: len(ARROW_FILE)])
-        read = _stream_batches
-        if head.startswith(PARQUET):
-            read = _parquet_batches
-        elif head == ARROW_FILE:
-            read = _file_batches
-        yield from read(content, table)
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError("it is empty")
+        content = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    head = bytes(content[: len(ARROW_FILE)])
+    read = _stream_batches
+    if head.startswith(PARQUET):
+        read = _parquet_batches
+    elif head == ARROW_FILE:
+        read = _file_batches
+    yield from read(content, table)
 
 
 def _stream_batches(content: pa.Buffer, table: Table) -> Iterator[tuple[pa.RecordBatch, frozenset[str]]]:
@@ -173,15 +180,11 @@ def _parquet_batches(content: pa.Buffer, table: Table) -> Iterator[tuple[pa.Reco
 
     with parquet.ParquetFile(pa.BufferReader(content), pre_buffer=False) as file:
         used, unread = _choose(file.schema_arrow, table)
-        for group in range(file.num_row_groups):
-            described = file.metadata.row_group(group)
-            most = max((described.column(index).num_values for index in range(described.num_columns)), default=0)
-            if most > described.num_rows * MAX_ROW_BYTES:
-                raise ValueError(f"a column claims {most} values in {described.num_rows} rows")
-            names = [file.schema_arrow.names[index] for index in used]
-            for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
-                batch.validate(full=True)
-                yield batch, unread
+        names = [file.schema_arrow.names[index] for index in used]
+        # Of the file's own statistics nothing is asked: some of those calls end the process where they are damaged.
+        for batch in file.iter_batches(_BATCH_ROWS, columns=names, use_threads=False):
+            batch.validate(full=True)
+            yield batch, unread
 
 
 def _choose(schema: pa.Schema, table: Table) -> tuple[list[int], frozenset[str]]:

@@ -33,7 +33,6 @@ _MAX_CARD_BYTES = 4 << 20
 _TIMEOUT_SECONDS = 30.0
 _SPLIT_WORDS = ("train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation")
 _SPLITS = {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
-_PART = re.compile(r"^(.*-)(\d{4,})-of-(\d{4,})(\.[^/]*)$")
 _SHOWN_CHARACTERS = 200
 
 
@@ -58,7 +57,6 @@ def hub_files(source: HubSource, suffixes: Sequence[str]) -> list[tuple[Path, st
         chosen = choose_files(
             [name for name in listing.names if name.lower().endswith(tuple(suffixes))], configs, source
         )
-        _check_parts(chosen, source)
         folder = _download(source, listing, chosen)
     origin = {"hub": source.hub, "revision": listing.commit, "split": source.split, "config": source.config or ""}
     return [(folder / name, f"{source.hub}/{name}", origin) for name in chosen]
@@ -94,14 +92,14 @@ def _asking(source: HubSource) -> Iterator[None]:
 
 def _failures() -> tuple[type[Exception], ...]:
     """What the hub's package raises: the errors of its HTTP client too, whichever it is built on."""
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, HfHubHTTPError
 
     transport = [base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)]
-    return (OSError, ValueError, *transport)
+    return (OSError, ValueError, CachedRepoTreeNotFoundError, *transport)
 
 
 def _list_files(source: HubSource) -> _Listing:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_cached_repo_tree
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -113,8 +111,8 @@ def _list_files(source: HubSource) -> _Listing:
         if folder is None:
             raise
         _log.warning("%s: the hub cannot be reached; what was fetched before is used: %s", source.hub, folder.name)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return _Listing(folder.name, [path.relative_to(folder).as_posix() for path in files], folder)
+        kept = get_cached_repo_tree(source.hub, repo_type="dataset", revision=folder.name)
+        return _Listing(folder.name, sorted(file.path for file in kept), folder)
     names = sorted(sibling.rfilename for sibling in info.siblings or ())
     return _Listing(str(info.sha), names)
 
@@ -133,13 +131,16 @@ def _kept_folder(source: HubSource) -> Path | None:
 def _download(source: HubSource, listing: _Listing, names: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    if listing.folder is not None:
-        return listing.folder
-    patterns = [glob.escape(name) for name in names]
-    folder = Path(snapshot_download(source.hub, repo_type="dataset", revision=listing.commit, allow_patterns=patterns))
+    folder = listing.folder
+    if folder is None:  # by branch, so that the branch is found without the hub too
+        patterns = [glob.escape(name) for name in names]
+        folder = Path(
+            snapshot_download(source.hub, repo_type="dataset", revision=source.revision, allow_patterns=patterns)
+        )
     missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"{missing[0]} was not fetched", where=source.hub, hint="try again")
+    if missing or folder.name != listing.commit:
+        reason = f"{missing[0]} was not fetched" if missing else "it changed while it was fetched"
+        raise DataError(reason, where=source.hub, hint="fetch it again, where the hub can be reached")
     return folder
 
 
@@ -233,19 +234,3 @@ def _no_files(source: HubSource, names: Sequence[str]) -> DataError:
         where=source.hub,
         hint=f"files that can be read are: {shown}; some data sets have theirs under revision: refs/convert/parquet",
     )
-
-
-def _check_parts(names: Sequence[str], source: HubSource) -> None:
-    """Files that say how many they are must be so many: others may never have been fetched."""
-    parts: dict[tuple[str, str, str], set[str]] = {}
-    for name in names:
-        match = _PART.match(name)
-        if match:
-            parts.setdefault((match[1], match[3], match[4]), set()).add(match[2])
-    for (begin, count, end), found in parts.items():
-        if len(found) != int(count):
-            raise DataError(
-                f"{len(found)} of {int(count)} files {begin}*-of-{count}{end} are there",
-                where=source.hub,
-                hint="fetch it again where the hub can be reached",
-            )

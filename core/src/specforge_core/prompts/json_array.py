@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ from specforge_core.contracts.redaction import show_value
 from specforge_core.prompts.raw_rows import MAX_ROW_BYTES, too_long
 
 _CHUNK = 64 << 10
-_SPACE = " \t\n\r"
+_SPACES = re.compile(r"[ \t\n\r]*")
 _SHOWN_CHARACTERS = 200
 _NEAR_END = 16
 """Characters: an error so near the end of what was read may only mean that the rest is not there yet."""
@@ -21,7 +22,10 @@ _HINT = "the file begins as a JSON array: one array of objects, and nothing afte
 
 
 class ArrayReader:
-    """Reads one file once."""
+    """Reads one file once.
+
+    :ivar size: of the last element, in characters.
+    """
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
@@ -31,6 +35,7 @@ class ArrayReader:
         self._at = 0
         self._ended = False
         self._twice = ""
+        self.size = 0
         self._parse = json.JSONDecoder(object_pairs_hook=self._note_twice).raw_decode
 
     def elements(self) -> Iterator[tuple[int, Any, str]]:
@@ -81,11 +86,11 @@ class ArrayReader:
         """The next character that is no space, not taken yet; empty at the end of the file."""
         skipped = 0
         while True:
-            while self._at < len(self._buffer):
-                if self._buffer[self._at] not in _SPACE:
-                    return self._buffer[self._at]
-                self._at += 1
-                skipped += 1
+            begin = self._at
+            self._at = _SPACES.match(self._buffer, begin).end()  # type: ignore[union-attr]
+            if self._at < len(self._buffer):
+                return self._buffer[self._at]
+            skipped += self._at - begin
             if skipped > MAX_ROW_BYTES:
                 raise self._refuse(f"{skipped} spaces one after the other", number)
             if self._ended:
@@ -107,7 +112,7 @@ class ArrayReader:
                 value, end = self._parse(self._buffer, self._at)
                 if end < len(self._buffer) or self._ended:  # a number could go on
                     self._check_length(end - self._at, number)
-                    self._at = end
+                    self.size, self._at = end - self._at, end
                     return value
             except RecursionError as error:
                 raise self._refuse("nested too deeply", number) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specforge_core.contracts import ChatTokenizer, DataError
@@ -30,6 +30,7 @@ class Rendering:
     :param messages: as the template got them.
     :param places: where their texts stand; None where the template looks into texts so that marks change its ways.
     :param marked: the template's own marks, as it gives them.
+    :param arguments: variables of the template; ``own_arguments``: whether the row has some of its own.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Rendering:
     lost: Sequence[MarkedText]
     tools: Sequence[Mapping[str, Any]] | None
     arguments: Mapping[str, Any]
+    own_arguments: bool
     marks: MarkedMessages | None
 
 
@@ -54,7 +56,6 @@ class TemplateRenderer:
         self._arguments = arguments
         self._date = date
         self.source = TemplateSource(tokenizer.template)
-        self._no_better: set[frozenset[tuple[str, Kind]]] = set()
 
     def render(self, conversation: Conversation) -> Rendering:
         """:raises DataError: the template refuses the conversation in every form."""
@@ -63,7 +64,7 @@ class TemplateRenderer:
             best = self._render_form(conversation, conversation.messages)
         except DataError as error:
             refused = error
-        if best is not None and not self._may_be_better(best):
+        if best is not None and not _loss(best):
             return best
         for messages in _other_forms(conversation.messages):
             try:
@@ -75,8 +76,6 @@ class TemplateRenderer:
         if best is None:
             assert refused is not None
             raise refused
-        if _loss(best):
-            self._no_better.add(_lost_kinds(best))
         return best
 
     def first_messages(
@@ -94,9 +93,6 @@ class TemplateRenderer:
         """As :meth:`first_messages`, without marks."""
         return self._ask(rendering.messages[:count], rendering, add_generation_prompt=add_generation_prompt)
 
-    def _may_be_better(self, rendering: Rendering) -> bool:
-        return _loss(rendering) > 0 and _lost_kinds(rendering) not in self._no_better
-
     def _render_form(self, conversation: Conversation, messages: Sequence[Message]) -> Rendering:
         arguments = {**self._arguments, **conversation.template_arguments}
         plain = self._tokenizer.render(
@@ -107,7 +103,17 @@ class TemplateRenderer:
                 f"the chat template makes {len(plain.text)} characters of it, {MAX_TEXT_CHARACTERS} are the most",
                 hint="split the conversation: a prompt is cut at data.max_length tokens anyway",
             )
-        unmarked = Rendering(plain.text, messages, None, plain.marked, (), conversation.tools, arguments, None)
+        unmarked = Rendering(
+            text=plain.text,
+            messages=messages,
+            places=None,
+            marked=plain.marked,
+            lost=(),
+            tools=conversation.tools,
+            arguments=arguments,
+            own_arguments=bool(conversation.template_arguments),
+            marks=None,
+        )
         for marking in Marking:
             marks = MarkedMessages(messages, literals=self.source.literals, marking=marking)
             try:
@@ -117,7 +123,7 @@ class TemplateRenderer:
             if text == plain.text and not overlap(places):
                 found = {id(place.text) for place in places}
                 lost = [text for text in marks.texts if id(text) not in found]
-                return Rendering(plain.text, messages, places, plain.marked, lost, conversation.tools, arguments, marks)
+                return replace(unmarked, places=places, lost=lost, marks=marks)
         return unmarked
 
     def _ask(self, messages: Sequence[Message], like: Rendering, *, add_generation_prompt: bool) -> str:
@@ -130,51 +136,49 @@ class TemplateRenderer:
         ).text
 
 
-def _lost_kinds(rendering: Rendering) -> frozenset[tuple[str, Kind]]:
-    return frozenset((str(rendering.messages[text.message].get("role")), text.kind) for text in rendering.lost)
-
-
 def _loss(rendering: Rendering) -> int:
     """How much of a conversation a rendering lacks or garbles. A thought may be left out: many templates do that."""
     if rendering.places is None:
         return 1 << 30
     lost = sum(text.kind is not Kind.THOUGHT for text in rendering.lost)
-    return lost + sum(_is_garbled(rendering, place) for place in rendering.places)
+    listed = any(isinstance(message.get("content"), list) for message in rendering.messages)
+    written = listed and "{'type': 'text'" in rendering.text  # parts, as Python writes them
+    return lost + written + sum(_is_garbled(rendering, place) for place in rendering.places)
 
 
 def _is_garbled(rendering: Rendering, place: Place) -> bool:
-    """A part that is written as Python writes a dict, or a call's JSON text that is quoted once more."""
-    if rendering.text.endswith(("'text': '", "'text': \""), 0, place.start):
-        return True
+    """A call's JSON text that is quoted once more."""
     call = place.text.kind is Kind.CALL and place.text.text.startswith("{")
     return call and rendering.text[place.start : place.end].strip() != place.text.text
 
 
 def _other_forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
-    forms: tuple[tuple[Callable[[Message], Message], ...], ...] = (
-        (_turn_parts,),
-        (_turn_calls,),
-        (_turn_parts, _turn_calls),
-    )
-    for steps in forms:
-        made = list(messages)
-        for step in steps:
-            turned = [step(message) for message in made]
-            if turned == made:
-                break
-            made = turned
-        else:
-            yield made
+    """The same conversation in the other ways that templates want."""
+    contents: tuple[Callable[[Message], Message], ...] = (_as_given, _as_text, _as_parts)
+    calls: tuple[Callable[[Message], Message], ...] = (_as_given, _turn_calls, _turn_arguments)
+    tried = [list(messages)]
+    for turn_calls in calls:
+        for turn_content in contents:
+            made = [turn_content(turn_calls(message)) for message in messages]
+            if made not in tried:
+                tried.append(made)
+                yield made
 
 
-def _turn_parts(message: Message) -> Message:
-    """Text parts as one text, and text as one part."""
+def _as_given(message: Message) -> Message:
+    return message
+
+
+def _as_text(message: Message) -> Message:
     content = message.get("content")
-    if isinstance(content, str):
-        return {**message, "content": [{"type": "text", "text": content}]}
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         return {**message, "content": "".join(part["text"] for part in content)}
     return message
+
+
+def _as_parts(message: Message) -> Message:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _turn_calls(message: Message) -> Message:
@@ -184,6 +188,23 @@ def _turn_calls(message: Message) -> Message:
         return message
     rest = {key: value for key, value in message.items() if key != "function_call"}
     return {**rest, "tool_calls": [_turn_call(call) for call in calls]}
+
+
+def _turn_arguments(message: Message) -> Message:
+    """Calls as ``tool_calls`` of functions, their arguments as JSON text."""
+    turned = _turn_calls(message)
+    calls = turned.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**turned, "tool_calls": [_write_arguments(call) for call in calls]}
+
+
+def _write_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), dict):
+        return call
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _turn_call(call: Any) -> Any:

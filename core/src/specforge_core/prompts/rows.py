@@ -48,13 +48,15 @@ class BadRow:
 
 
 def read_rows(
-    sources: Sequence[Path | HubSource], mapping: Mapping[str, str] = _NOTHING
+    sources: Sequence[Path | HubSource | SourceFile], mapping: Mapping[str, str] = _NOTHING
 ) -> Iterator[SourceRow | BadRow]:
     """Every row of every source, in order, with unique prompt ids.
 
     A given id is kept where it can be a file name; otherwise, and where none is given, the id is the source's name and
     the row's number, so that it is the same each time.
 
+    :param sources: or their files, as ``find_files`` found them.
+    :param mapping: the rows' own keys by ours.
     :raises DataError: a source is missing or empty or cannot be read on, or ``mapping`` names what is not read.
     """
     check_mapping(mapping)
@@ -181,6 +183,8 @@ def _with_system(turns: Turns, fields: Fields, exchange: Exchange) -> Turns:
 def _from_row_or_call(fields: Fields, exchange: Exchange, key: str) -> tuple[Any, str]:
     if fields.peek(key) is not None:
         return from_text(fields.get(key), fields.place(key)), fields.place(key)
+    if not exchange.asked:
+        return None, ""
     place = f"{exchange.asked_place}.{key}"
     return from_text(exchange.asked.get(key), place), place
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,8 +64,8 @@ class SourceFile:
     origin: Mapping[str, str] = field(default_factory=dict)
 
 
-def find_files(sources: Sequence[Path | HubSource]) -> list[SourceFile]:
-    """Every file of every source, in order, with unique labels.
+def find_files(sources: Sequence[Path | HubSource | SourceFile]) -> list[SourceFile]:
+    """Every file of every source, in order, with unique labels; files found before stay as they are.
 
     :raises DataError: a source is missing, or holds no data; a hub data set cannot be had.
     """
@@ -73,7 +73,9 @@ def find_files(sources: Sequence[Path | HubSource]) -> list[SourceFile]:
         raise DataError("no prompts are given", where="data", hint="name JSONL files or datasets on disk")
     found: list[SourceFile] = []
     for source in sources:
-        if isinstance(source, Path):
+        if isinstance(source, SourceFile):
+            found.append(source)
+        elif isinstance(source, Path):
             found += [SourceFile(path, str(path), _stem(path)) for path in _files_of(source)]
         else:
             for path, name, origin in hub_files(source, DATA_SUFFIXES):
@@ -144,7 +146,7 @@ def _files_of(source: Path) -> list[Path]:
 
 def _files_below(directory: Path) -> list[Path]:
     """A dataset on disk, or else the data files below."""
-    if (directory / STATE_FILE).exists() or (directory / SPLITS_FILE).exists():
+    if _is_dataset(directory):
         return [directory]
     found = list(_data_below(directory))
     if not found:
@@ -154,6 +156,10 @@ def _files_below(directory: Path) -> list[Path]:
             hint=f"name a JSONL file, or a folder of files that end in {', '.join(_TEXT_SUFFIXES + _TABLE_SUFFIXES)}",
         )
     return found
+
+
+def _is_dataset(directory: Path) -> bool:
+    return (directory / STATE_FILE).exists() or (directory / SPLITS_FILE).exists()
 
 
 def _data_below(directory: Path) -> Iterator[Path]:
@@ -167,7 +173,7 @@ def _data_below(directory: Path) -> Iterator[Path]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir() and not entry.is_symlink():
-            yield from [entry] if (entry / STATE_FILE).exists() else _data_below(entry)
+            yield from [entry] if _is_dataset(entry) else _data_below(entry)
         elif entry.is_file() and entry.name.lower().endswith(DATA_SUFFIXES) and entry.name not in _NO_DATA:
             yield entry
 
@@ -184,10 +190,13 @@ def _safe(name: str) -> str:
 
 def _with_unique_labels(files: Sequence[SourceFile]) -> list[SourceFile]:
     """Where two files have one name, the later ones are numbered."""
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     labelled: list[SourceFile] = []
     for file in files:
-        seen[file.label] = count = seen.get(file.label, 0) + 1
-        label = file.label if count == 1 else f"{file.label}.{count}"
-        labelled.append(SourceFile(file.path, file.name, label, file.origin))
+        label, count = file.label, 1
+        while label in seen:
+            count += 1
+            label = f"{file.label}.{count}"
+        seen.add(label)
+        labelled.append(replace(file, label=label))
     return labelled

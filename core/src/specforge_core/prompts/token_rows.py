@@ -87,12 +87,14 @@ def _served(fields: Fields, exchange: Exchange) -> Tokens | None:
     for holder, at in ((exchange.given, fields.place("response")), (choice, place)):
         if asked is None and holder.get("prompt_token_ids") is not None:
             asked, asked_place = holder["prompt_token_ids"], f"{at}.prompt_token_ids"
+    if asked is None:
+        return None
     key = next((key for key in ANSWER_ID_KEYS if fields.peek(key) is not None), None)
     answer, answer_place = (None, place) if key is None else (fields.peek(key), fields.place(key))
     if key is None:
         inner = next((key for key in ANSWER_ID_KEYS if choice.get(key) is not None), "")
         answer, answer_place = choice.get(inner), f"{place}.{inner}"
-    if asked is None or answer is None:
+    if answer is None:
         return None
     fields.get("prompt_token_ids")
     if key is not None:

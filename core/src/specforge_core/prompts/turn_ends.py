@@ -20,6 +20,8 @@ from specforge_core.prompts.rendering import Rendering, TemplateRenderer
 THINKING_TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
 """An opening or closing tag around thoughts, in any of the styles that models use."""
 
+_LAST_BLOCK = re.compile(rf"(?:\s*{THINKING_TAG})*\s*$", re.IGNORECASE)
+
 _QUESTIONS = ("first probing question", "second probing question")
 _ANSWERS = ("first probing answer", "second probing answer")
 
@@ -50,15 +52,16 @@ class TurnEnds:
         self._ends_past_turns = False
         probe = _probe(renderer)
         if probe is not None:
-            self._learn(probe, frozenset(stops))
-            added = self.without_end(_added_header(renderer))
+            added = _added_header(renderer)
+            self._learn(probe, frozenset(stops), added)
+            added = self.without_end(added)
             self._asks = before_thinking(added)
             self.header = added or self.without_end(probe.asked)
         self._ending |= set(stops)
 
     def is_asking(self, prompt: str) -> bool:
         """Whether it ends with an answer's header, where this template asks for answers by one."""
-        return self._asks in prompt
+        return _LAST_BLOCK.sub("", prompt).endswith(self._asks)
 
     def without_end(self, text: str) -> str:
         """Without the whitespace and the ends of turns that it begins with."""
@@ -69,19 +72,27 @@ class TurnEnds:
             position = end
         return text[position:].lstrip()
 
-    def find(self, gap: str, *, is_last: bool, closing: Callable[[], str]) -> tuple[int, bool]:
+    def find(self, gap: str, *, next_role: str | None, closing: Callable[[], str]) -> tuple[int, bool]:
         """How much of ``gap``, what follows an answer's own text, belongs to its turn, and whether a token ends it.
 
-        :param is_last: whether nothing follows but the end of the text.
+        :param next_role: of the message that follows; None if none does.
         :param closing: what follows the answer where it is the last message.
         """
         found = self._find_specials(gap)
-        for start, end in found:
-            if gap[start:end] in self._ending:
+        most = gap.find(self.header) if next_role == "assistant" and self.header in gap else len(gap)
+        ends = [end for start, end in found if gap[start:end] in self._ending and end <= most]
+        for end in ends:
+            goes_on = self.header and next_role != "assistant" and gap.startswith(self.header, end)
+            if not goes_on or end == ends[-1]:  # otherwise the same answer goes on, in another channel say
                 return end, True
-        if found and (not self._ends_past_turns or is_last):
-            return (found[0][1], True) if not is_last else (_end_of_run(found, gap), True)
-        body = gap if is_last else _common_prefix(gap, closing())
+        if found and next_role is None:
+            return _end_of_run(found, gap), True
+        body = gap if next_role is None else _common_prefix(gap, closing())
+        closed = [end for _, end in found if end <= len(body)]
+        if closed:
+            return closed[-1], True
+        if found and not self._ends_past_turns and found[0][0] <= most:
+            return found[0][1], True
         if not self._ending and not body.strip():  # the template ends turns with whitespace
             body = gap[: len(gap) - len(gap.lstrip())]
             return len(body), False
@@ -95,13 +106,16 @@ class TurnEnds:
     def _find_specials(self, text: str) -> list[tuple[int, int]]:
         return [found.span() for found in self._specials.finditer(text)] if self._specials else []
 
-    def _learn(self, probe: _Probe, stops: frozenset[str]) -> None:
+    def _learn(self, probe: _Probe, stops: frozenset[str], header_of_answers: str) -> None:
         between = self._find_specials(probe.between)
         shared = _common_prefix(probe.between, probe.closing)
         header = _common_suffix(probe.between, probe.opening)
         by_closing = sum(end <= len(shared) for _, end in between)
         by_header = sum(end <= len(probe.between) - len(header) for _, end in between)
-        count = max(by_closing, by_header)
+        openers = (header_of_answers[start:end] for start, end in self._find_specials(header_of_answers))
+        opener = next((text for text in openers if text in probe.opening), None)  # it opens every message
+        tokens = [probe.between[start:end] for start, end in between]
+        count = tokens.index(opener) if opener in tokens else max(by_closing, by_header)
         stopping = [n for n, (start, end) in enumerate(between[:count], 1) if probe.between[start:end] in stops]
         count = stopping[-1] if stopping else count
         if count:
@@ -111,6 +125,11 @@ class TurnEnds:
         if closing and not any(probe.closing[start:end] in self._ending | stops for start, end in closing):
             end = _end_of_run(closing, probe.closing)
             self._ending |= {probe.closing[start:stop] for start, stop in closing if stop == end}
+
+
+def has_thinking(prompt: str) -> bool:
+    """Whether a tag around thoughts stands in it."""
+    return re.search(THINKING_TAG, prompt, flags=re.IGNORECASE) is not None
 
 
 def before_thinking(prompt: str) -> str:

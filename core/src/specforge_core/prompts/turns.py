@@ -65,7 +65,10 @@ class Turns:
 
 def text_turn(role: str, text: Any, where: str) -> Turns:
     """One turn of nothing but text, or text parts."""
-    return parse_turns([{"role": role, "content": text}], where, places=[where])
+    content = _parse_content(text, where, role)
+    if content is None:
+        raise DataError("is missing or not text", where=where, hint=_HINT)
+    return Turns([Turn({"role": role, "content": content}, where)])
 
 
 def parse_turns(value: Any, where: str, *, keys: Mapping[str, str] | None = None, places: Sequence[str] = ()) -> Turns:
@@ -85,16 +88,29 @@ def parse_turns(value: Any, where: str, *, keys: Mapping[str, str] | None = None
         place = places[index] if places else f"{where}[{index}]"
         if not isinstance(given, dict):
             raise DataError(f"is a {type(given).__name__}", where=place, hint=_HINT)
-        turns.listed.append(_parse_turn(given, place, keys or {}, turns.unused))
+        turn = _plain_turn(given, place) if not keys else None
+        turns.listed.append(turn or _parse_turn(given, place, keys or {}, turns.unused))
     return turns
+
+
+def _plain_turn(given: Mapping[str, Any], where: str) -> Turn | None:
+    """Most turns are a role and a text, and nothing has to be looked for in them."""
+    if len(given) != 2:
+        return None
+    role, content = given.get("role") or given.get("from"), given.get("content") or given.get("value")
+    if not isinstance(content, str) or not isinstance(role, str) or role in _CALL_ROLES or role not in ROLES:
+        return None
+    if not content.isascii():
+        check_value(content, f"{where}.{'content' if 'content' in given else 'value'}")
+    return Turn({"role": ROLES[role], "content": content}, where)
 
 
 def _parse_turn(given: Mapping[str, Any], where: str, keys: Mapping[str, str], unused: set[str]) -> Turn:
     role_key, role, called = _read_role(given, where, keys)
-    named = [keys["content"]] if "content" in keys else ["content", "value"]
-    content_key = next((key for key in named if given.get(key) is not None), named[0])
-    if content_key not in given:
-        content_key = next((key for key in named if key in given), content_key)
+    named = ["value", "content"] if role_key == "from" else ["content", "value"]
+    named = [keys["content"]] if "content" in keys else named
+    content_key = next((key for key in named if given.get(key) is not None), None)
+    content_key = content_key or next((key for key in named if key in given), named[0])
     rest = {key: value for key, value in given.items() if value is not None and key not in (role_key, content_key)}
     for ours, theirs in keys.items():
         if theirs in rest:
