@@ -63,11 +63,13 @@ def _records_of(path: Path, first: int, table: Table) -> Iterator[Record]:
 
 
 def _records(batch: pa.RecordBatch, first: int, table: Table, *, unread: frozenset[str]) -> Iterator[Record]:
-    small = _count_values(batch) <= MAX_ROW_BYTES
+    whole = _count_values(batch)
+    small = whole <= MAX_ROW_BYTES
     for index in range(batch.num_rows):
         row, number = batch.slice(index, 1), first + index
-        if small or _count_values(row) <= MAX_ROW_BYTES:
-            yield Record(number, _without_nulls(row.to_pylist()[0]), unread=unread)
+        size = whole // batch.num_rows if small else _count_values(row)
+        if size <= MAX_ROW_BYTES:
+            yield Record(number, _without_nulls(row.to_pylist()[0]), size=size, unread=unread)
         else:
             yield Record(number, error=_too_large(f"{table.name}:{number}"))
 

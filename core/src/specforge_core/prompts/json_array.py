@@ -22,7 +22,10 @@ _HINT = "the file begins as a JSON array: one array of objects, and nothing afte
 
 
 class ArrayReader:
-    """Reads one file once."""
+    """Reads one file once.
+
+    :ivar size: of the last element, in characters.
+    """
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self._file = file
@@ -32,6 +35,7 @@ class ArrayReader:
         self._at = 0
         self._ended = False
         self._twice = ""
+        self.size = 0
         self._parse = json.JSONDecoder(object_pairs_hook=self._note_twice).raw_decode
 
     def elements(self) -> Iterator[tuple[int, Any, str]]:
@@ -108,7 +112,7 @@ class ArrayReader:
                 value, end = self._parse(self._buffer, self._at)
                 if end < len(self._buffer) or self._ended:  # a number could go on
                     self._check_length(end - self._at, number)
-                    self._at = end
+                    self.size, self._at = end - self._at, end
                     return value
             except RecursionError as error:
                 raise self._refuse("nested too deeply", number) from error

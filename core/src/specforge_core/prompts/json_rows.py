@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -42,8 +43,9 @@ def json_rows(path: Path, name: str) -> Iterator[Record]:
     with _open(path, name) as file:
         head = file.peek(64)[:64].removeprefix(_BOM).lstrip()
         if head.startswith(b"["):
-            for number, value, error in ArrayReader(file, name).elements():
-                yield _checked(number, value, error, f"{name}:{number}")
+            reader = ArrayReader(file, name)
+            for number, value, error in reader.elements():
+                yield replace(_checked(number, value, error, f"{name}:{number}"), size=reader.size)
         else:
             yield from _lines(file, name)
 
@@ -67,7 +69,7 @@ def _lines(file: io.BufferedReader, name: str) -> Iterator[Record]:
             _skip_line(file, line, f"{name}:{number}")
         elif line.strip():
             blank = 0
-            yield _parse_line(line, number, f"{name}:{number}")
+            yield replace(_parse_line(line, number, f"{name}:{number}"), size=len(line))
         else:
             blank += 1
         if blank > _MAX_BLANK_LINES:

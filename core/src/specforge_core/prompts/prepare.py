@@ -24,6 +24,7 @@ from specforge_core.prompts.prompt_writer import nothing_trained, remove_leftove
 from specforge_core.prompts.raw_rows import Record
 from specforge_core.prompts.report import SourceReport, describe_lengths
 from specforge_core.prompts.row_encoder import Chunk, ChunkOutcome, EncodingWork, RowOutcome
+from specforge_core.prompts.row_fields import check_mapping
 from specforge_core.prompts.set_origin import SetOrigin, describe_sources, make_rules
 from specforge_core.prompts.sources import SourceFile, find_files, read_records
 
@@ -34,8 +35,8 @@ _log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 3.0
 """What a kill costs at most; saving takes hundredths of a second."""
-_CHUNK_ROWS = 32
-"""Sent together: some tens of milliseconds of encoding, so that what is done for each chunk costs little."""
+_CHUNK_ROWS, _CHUNK_BYTES = 32, 1 << 20
+"""Sent together at most: some tens of milliseconds of encoding, so that what is done for each chunk costs little."""
 _MAX_REJECTS = 100_000
 """Lines of the rejects file, whatever ``data.max_bad_rows`` allows."""
 _SHOWN_CHARACTERS = 500
@@ -61,6 +62,7 @@ def prepare_prompts(
     """
     with locked(directory, progress=progress) as holder:
         remove_leftovers(directory)
+        check_mapping(settings.mapping)
         files = find_files(sources)
         origin = SetOrigin(describe_sources(files, directory), make_rules(settings, vocab_size))
         prepared = _reopen(directory, origin, tokenizer)
@@ -165,14 +167,15 @@ class _Preparation:
 
     def _chunks_of(self, file: SourceFile, source: int, done: int) -> Iterator[Chunk]:
         records: list[Record] = []
-        count = -1
+        count, size = -1, 0
         for count, record in enumerate(read_records(file, self._work.settings.mapping)):
             if count < done:
                 continue
             records.append(record)
-            if len(records) == _CHUNK_ROWS:
+            size += record.size
+            if len(records) == _CHUNK_ROWS or size >= _CHUNK_BYTES:
                 yield Chunk(source, file.name, file.label, count + 1 - len(records), tuple(records))
-                records = []
+                records, size = [], 0
         if records:
             yield Chunk(source, file.name, file.label, count + 1 - len(records), tuple(records))
         if count < 0:

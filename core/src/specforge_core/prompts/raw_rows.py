@@ -20,12 +20,14 @@ class Record:
     :param number: its line, or its place in the file, from 1.
     :param content: the row; empty where there is an error.
     :param error: why it cannot be read, where the rows after it can.
+    :param size: about so many bytes, where it is known.
     :param unread: columns of the file that are not read, because nothing is made of them.
     """
 
     number: int
     content: Mapping[str, Any] = field(default_factory=dict)
     error: DataError | None = None
+    size: int = 0
     unread: frozenset[str] = frozenset()
 
 
