@@ -19,7 +19,7 @@ from conversations import PLAIN, TOOLS, fixed, random_talk, secrets
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.encoder import ConversationEncoder
+from specforge_core.prompts.masking.encoder import ConversationEncoder
 from specforge_hf_target.tokenizer import HfChatTokenizer
 from talk import DATE, TEMPLATES, Call, Message, Piece, Refused, Talk, Template, runs
 

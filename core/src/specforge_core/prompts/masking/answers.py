@@ -17,9 +17,9 @@ from functools import cached_property
 
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.marking import Kind, Place
-from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking, has_thinking
+from specforge_core.prompts.masking.marking import Kind, Place
+from specforge_core.prompts.masking.rendering import Rendering, TemplateRenderer
+from specforge_core.prompts.masking.turn_ends import THINKING_TAG, TurnEnds, before_thinking, has_thinking
 
 Span = tuple[int, int]
 

@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import ChatTokenizer, DataError
-from specforge_core.prompts.answers import Span, Turn, TurnLocator
 from specforge_core.prompts.conversation import Conversation, EncodedPrompt
-from specforge_core.prompts.marking import CALL_KEYS, Kind
-from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import TurnEnds
+from specforge_core.prompts.masking.answers import Span, Turn, TurnLocator
+from specforge_core.prompts.masking.marking import CALL_KEYS, Kind
+from specforge_core.prompts.masking.rendering import Rendering, TemplateRenderer
+from specforge_core.prompts.masking.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection

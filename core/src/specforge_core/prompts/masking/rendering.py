@@ -16,8 +16,8 @@ from typing import Any
 
 from specforge_core.contracts import ChatTokenizer, DataError
 from specforge_core.prompts.conversation import Conversation, Message
-from specforge_core.prompts.marking import MARKS, Kind, MarkedMessages, MarkedText, Marking, Place, overlap
-from specforge_core.prompts.template_source import TemplateSource
+from specforge_core.prompts.masking.marking import MARKS, Kind, MarkedMessages, MarkedText, Marking, Place, overlap
+from specforge_core.prompts.masking.template_source import TemplateSource
 
 MAX_TEXT_CHARACTERS = 6 << 20
 """Half as much again as the longest row (``sources``): to encode text takes some 130 bytes for each of its own."""
