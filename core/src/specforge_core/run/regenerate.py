@@ -190,6 +190,7 @@ class _Regeneration:
         with locked(self.output, progress=self._run.progress("regenerate")):
             finished = self.manifest()
             if finished is not None:
+                shutil.rmtree(self.output / _WORK, ignore_errors=True)  # this process may have written there since
                 return finished
             self.journals.refresh()
             places, unusable = self.rows.scan()
