@@ -114,11 +114,11 @@ def test_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         [preparing] = children(process.pid)
+        process.kill()  # first, so that it starts no other
         os.kill(preparing, signal.SIGKILL)
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        process.kill()
 
 
 def children(pid: int) -> list[int]:
