@@ -43,7 +43,7 @@ from specforge_core.hooks.builtin import FileChannelConfig, FileStoreConfig
 from specforge_core.hooks.descriptors import resolve
 from specforge_core.hooks.manager import PluginRegistry
 from specforge_core.prompts.prompt_set import PromptSet, write_prompt_set
-from specforge_core.prompts.rows import BadRow, read_rows
+from specforge_core.prompts.reading.rows import BadRow, read_rows
 from specforge_core.reporting.html import render_page
 from specforge_core.reporting.records import read_run
 from specforge_core.testing.samples import make_ref, make_sample

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Oracles of a template with channels, and of those that tell the names of results or come in two."""
+"""Oracles of templates with channels or actions, and of those that tell the names of results or come in two."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from talk import NO, YES, Message, Piece, Refused, Talk, dumps, template
+from talk import NO, YES, Message, Piece, Refused, Talk, dumps, neighbours, template
 
 
 @template("<|start_of_role|> <|end_of_role|> <|tool_call|> <|end_of_text|>", "<|end_of_text|>", tools=True)
@@ -99,3 +99,41 @@ def named_templates(talk: Talk) -> Iterator[Piece]:
         )
         action = f"Action: ```json\n[{calls}]```" if calls else ""
         yield f"{message.content}{action}<|/TURN|>", message.answers
+
+
+_COHERE = "<bos> <|TURN|> <|CHATBOT|> <|USER|> <|SYSTEM|> <|THINK|> <|/THINK|> <|ACTION|> <|/ACTION|> <|RESULT|>"
+
+
+@template(
+    _COHERE + " <|/RESULT|> <|RESPONSE|> <|/RESPONSE|> <|/TURN|>",
+    stops="<|/TURN|>",
+    bos="<bos>",
+    tools=True,
+    thoughts=True,
+    none=True,
+)
+def tools_as_action(talk: Talk) -> Iterator[Piece]:
+    yield "<bos>", NO
+    number = result = 0
+    for before, message, after in neighbours(talk.messages):
+        if message.calls:
+            made = []
+            for call in message.calls:
+                made.append(
+                    f'    {{"tool_call_id": "{number}", "tool_name": "{call.name}", "parameters": {call.json}}}'
+                )
+                number += 1
+            yield "<|TURN|><|CHATBOT|>", NO
+            plan = message.thought or message.content
+            yield "<|THINK|>" + (plan or "I will call.") + "<|/THINK|>", YES
+            yield "<|ACTION|>[\n" + ",\n".join(made) + "\n]<|/ACTION|><|/TURN|>", YES
+        elif message.answers:
+            yield "<|TURN|><|CHATBOT|>", NO
+            yield f"<|RESPONSE|>{message.content}<|/RESPONSE|><|/TURN|>", YES
+        elif message.role == "tool":
+            yield "," if before == "tool" else "<|TURN|><|SYSTEM|><|RESULT|>[", NO
+            yield f'{{"tool_call_id": "{result}", "results": {dumps(message.content)}}}', NO
+            yield "" if after == "tool" else "]<|/RESULT|><|/TURN|>", NO
+            result += 1
+        else:
+            yield f"<|TURN|><|{message.role.upper()}|>{message.content}<|/TURN|>", NO

@@ -17,16 +17,10 @@ from talk import (
     dumps,
     headerless,
     hoisted,
+    neighbours,
     refuse_unless_in_turn,
     template,
 )
-
-
-def _neighbours(messages: Sequence[Message]) -> Iterator[tuple[str, Message, str]]:
-    """Each message with the roles before and after it."""
-    roles = ["", *(message.role for message in messages), ""]
-    for index, message in enumerate(messages, 1):
-        yield roles[index - 1], message, roles[index + 1]
 
 
 def _last_question(messages: Sequence[Message]) -> int:
@@ -40,7 +34,7 @@ def tools_in_system(talk: Talk) -> Iterator[Piece]:
     if talk.tools:
         yield "\n\nTools:\n<tools>" + "".join("\n" + dumps(tool) for tool in talk.tools) + "\n</tools>", NO
     yield "<|im_end|>\n", NO
-    for before, turn, after in _neighbours(turns):
+    for before, turn, after in neighbours(turns):
         if turn.role == "tool":
             yield "" if before == "tool" else "<|im_start|>user", NO
             yield f"\n<tool_response>\n{turn.content}\n</tool_response>", NO
@@ -177,7 +171,7 @@ def _python(call: Call) -> str:
 )
 def tools_fenced(talk: Talk) -> Iterator[Piece]:
     yield "<bos>" + "".join(message.content for message in talk.messages if message.role == "system"), NO
-    for index, (before, message, after) in enumerate(_neighbours(talk.messages)):
+    for index, (before, message, after) in enumerate(neighbours(talk.messages)):
         if message.role == "user":
             yield "<|User|>" + message.content, NO
         elif message.role == "tool":
@@ -285,41 +279,3 @@ def tools_as_xml(talk: Talk) -> Iterator[Piece]:
             told = dumps([tool["function"] for tool in talk.tools])
             extra = f"\n\n# Tools\n{told}" if index == 0 and message.role == "system" and talk.tools else ""
             yield f"<|im_start|>{message.role}\n{message.content}{extra}<|im_end|>\n", NO
-
-
-_COHERE = "<bos> <|TURN|> <|CHATBOT|> <|USER|> <|SYSTEM|> <|THINK|> <|/THINK|> <|ACTION|> <|/ACTION|> <|RESULT|>"
-
-
-@template(
-    _COHERE + " <|/RESULT|> <|RESPONSE|> <|/RESPONSE|> <|/TURN|>",
-    stops="<|/TURN|>",
-    bos="<bos>",
-    tools=True,
-    thoughts=True,
-    none=True,
-)
-def tools_as_action(talk: Talk) -> Iterator[Piece]:
-    yield "<bos>", NO
-    number = result = 0
-    for before, message, after in _neighbours(talk.messages):
-        if message.calls:
-            made = []
-            for call in message.calls:
-                made.append(
-                    f'    {{"tool_call_id": "{number}", "tool_name": "{call.name}", "parameters": {call.json}}}'
-                )
-                number += 1
-            yield "<|TURN|><|CHATBOT|>", NO
-            plan = message.thought or message.content
-            yield "<|THINK|>" + (plan or "I will call.") + "<|/THINK|>", YES
-            yield "<|ACTION|>[\n" + ",\n".join(made) + "\n]<|/ACTION|><|/TURN|>", YES
-        elif message.answers:
-            yield "<|TURN|><|CHATBOT|>", NO
-            yield f"<|RESPONSE|>{message.content}<|/RESPONSE|><|/TURN|>", YES
-        elif message.role == "tool":
-            yield "," if before == "tool" else "<|TURN|><|SYSTEM|><|RESULT|>[", NO
-            yield f'{{"tool_call_id": "{result}", "results": {dumps(message.content)}}}', NO
-            yield "" if after == "tool" else "]<|/RESULT|><|/TURN|>", NO
-            result += 1
-        else:
-            yield f"<|TURN|><|{message.role.upper()}|>{message.content}<|/TURN|>", NO

@@ -197,6 +197,13 @@ def headerless(talk: Talk, index: int) -> bool | None:
     return YES if says or before[-1].role == "user" else EITHER
 
 
+def neighbours(messages: Sequence[Message]) -> Iterator[tuple[str, Message, str]]:
+    """Each message with the roles before and after it."""
+    roles = ["", *(message.role for message in messages), ""]
+    for index, message in enumerate(messages, 1):
+        yield roles[index - 1], message, roles[index + 1]
+
+
 def runs(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Pieces without empty ones, neighbours of a kind joined."""
     text, kind = "", None

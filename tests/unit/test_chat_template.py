@@ -12,7 +12,7 @@ import pytest
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError, RenderedText
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.encoder import ConversationEncoder
+from specforge_core.prompts.masking.encoder import ConversationEncoder
 from specforge_hf_target import chat_template
 from specforge_hf_target.chat_template import render_template
 from specforge_hf_target.config import HfTargetConfig

@@ -9,7 +9,7 @@ import pytest
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError, SilentProgress
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.encoder import ConversationEncoder
+from specforge_core.prompts.masking.encoder import ConversationEncoder
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.demo_corpus import read_corpus
 from specforge_hf_target.demo_target import prepare_within

@@ -9,7 +9,7 @@ import pytest
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.encoder import ConversationEncoder
+from specforge_core.prompts.masking.encoder import ConversationEncoder
 from specforge_hf_target.tokenizer import HfChatTokenizer
 
 ROLES_AND_TEXT = "user assistant system\n the quick brown fox Grüße, 世界! 👋🏽 don't <think> </think> 123"

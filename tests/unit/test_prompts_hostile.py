@@ -19,9 +19,9 @@ import pytest
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError, RenderedText
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.encoder import ConversationEncoder
-from specforge_core.prompts.raw_rows import MAX_ROW_BYTES
-from specforge_core.prompts.rows import BadRow, read_rows
+from specforge_core.prompts.masking.encoder import ConversationEncoder
+from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES
+from specforge_core.prompts.reading.rows import BadRow, read_rows
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.tokenizer import load_tokenizer
 

@@ -17,7 +17,7 @@ from hub_service import COMMIT, NAME, hub
 from pyarrow import parquet
 from specforge_core.config.run_config import HubSource
 from specforge_core.contracts import DataError
-from specforge_core.prompts.hub import choose_files
+from specforge_core.prompts.reading.hub import choose_files
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
 
@@ -44,8 +44,8 @@ READ = """
 import json, sys
 from specforge_core.config.run_config import HubSource
 from specforge_core.contracts import DataError
-from specforge_core.prompts.rows import read_rows
-from specforge_core.prompts.sources import find_files
+from specforge_core.prompts.reading.rows import read_rows
+from specforge_core.prompts.reading.sources import find_files
 source = HubSource.model_validate_json(sys.argv[1])
 try:
     files = find_files([source])
@@ -155,7 +155,7 @@ def test_no_files_are_an_error_that_lists_what_there_is(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from specforge_core.prompts.sources import find_files
+    from specforge_core.prompts.reading.sources import find_files
 
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
     with pytest.raises(DataError, match=r"needs? the huggingface_hub package .*specforge-core\[datasets\]"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import SourceRow
-from specforge_core.prompts.rows import parse_row
+from specforge_core.prompts.reading.rows import parse_row
 
 ASK, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 TALK = [ASK, ANSWER]

@@ -19,9 +19,9 @@ import zstandard
 from pyarrow import feather, parquet
 from specforge_core.contracts import DataError
 from specforge_core.prompts import json_array, json_rows
-from specforge_core.prompts.raw_rows import MAX_ROW_BYTES
-from specforge_core.prompts.rows import BadRow, read_rows
-from specforge_core.prompts.sources import find_files, read_records
+from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES
+from specforge_core.prompts.reading.rows import BadRow, read_rows
+from specforge_core.prompts.reading.sources import find_files, read_records
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 TALKS: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from preparing import contents, mixed_rows, prepare, talk, write_rows
 from specforge_core.config.run_config import DataSection
 from specforge_core.contracts import DataError, PlanError, SpecForgeError, TargetError
 from specforge_core.prompts.encoder_processes import WorkerLost, encode_in_order
-from specforge_core.prompts.raw_rows import Record
+from specforge_core.prompts.reading.raw_rows import Record
 from specforge_core.prompts.row_encoder import Chunk, EncodingWork
 
 

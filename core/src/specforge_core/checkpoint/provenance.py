@@ -26,6 +26,7 @@ MAY_DIFFER = (
     "config.loading",
     "config.checkpoint",
     "config.evaluation",
+    "config.regenerate",  # what it made are data, whose contents count
     "config.bench",
 )
 """Dotted keys (and everything below them) that change where or how fast a run trains, not what it trains.

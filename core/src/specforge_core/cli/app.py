@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "init": ("init_command", "Write a commented run file for what is installed."),
     "plan": ("plan_command", "Compose a run: print what it would do, or everything that does not fit."),
     "data": ("data_commands", "Look at prompts and at what of them is trained."),
+    "regenerate": ("regenerate_command", "Let the target answer a run's prompts itself."),
     "capture": ("run_commands", "Capture the target's features of the run's prompts."),
     "train": ("run_commands", "Train the run's draft on captured features."),
     "run": ("run_commands", "Capture and train."),

@@ -82,9 +82,13 @@ class AnswerSource(Protocol):
         """
         ...
 
-    def answer(self, requests: Iterable[GenerationRequest], settings: GenerationSettings) -> Iterator[GeneratedAnswer]:
-        """An answer for each request, in the order in which they are done. Requests are taken as there is room, and
-        ``requests`` may depend on answers that were given before. A request that fails for good is an answer too.
+    def answer(
+        self, requests: Iterable[GenerationRequest | None], settings: GenerationSettings
+    ) -> Iterator[GeneratedAnswer]:
+        """An answer for each request, in the order in which they are done.
+
+        :param requests: taken one by one as there is room. None says that the next one depends on an answer that is
+            in flight: ask again after one was given. A request that fails for good is an answer too.
 
         :raises TargetError: nobody answers any more.
         """

@@ -6,7 +6,7 @@ from __future__ import annotations
 import datetime
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,10 +84,11 @@ class TargetEngine(ABC):
         """
         raise TargetError(f"{type(self).__name__} captures features but cannot decode in this process")
 
-    def answers(self, stop_token_ids: Collection[int]) -> AnswerSource:
+    def answers(self, tokenizer: ChatTokenizer, *, batch_size: int) -> AnswerSource:
         """A source of answers by this target, on this engine.
 
-        :param stop_token_ids: what ends an answer.
+        :param tokenizer: tells what ends an answer, and decodes it.
+        :param batch_size: answers made at once.
         :raises TargetError: this engine captures only.
         """
         raise TargetError(

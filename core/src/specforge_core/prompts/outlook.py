@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import SourceRow
-from specforge_core.prompts.json_rows import describe_text_file
-from specforge_core.prompts.rows import parse_record
+from specforge_core.prompts.reading.json_rows import describe_text_file
+from specforge_core.prompts.reading.rows import parse_record
+from specforge_core.prompts.reading.sources import SourceFile, find_files, is_table, read_records
 from specforge_core.prompts.set_origin import files_of, find_prepared
-from specforge_core.prompts.sources import SourceFile, find_files, is_table, read_records
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection, HubSource

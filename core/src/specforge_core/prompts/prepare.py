@@ -21,12 +21,12 @@ from specforge_core.prompts.partial_set import PartialSet, remove_partial
 from specforge_core.prompts.prompt_manifest import DamagedPrompts
 from specforge_core.prompts.prompt_set import PromptSet
 from specforge_core.prompts.prompt_writer import nothing_trained, remove_leftovers
-from specforge_core.prompts.raw_rows import Record
+from specforge_core.prompts.reading.raw_rows import Record
+from specforge_core.prompts.reading.row_fields import check_mapping
+from specforge_core.prompts.reading.sources import SourceFile, find_files, read_records
 from specforge_core.prompts.report import SourceReport, describe_lengths
 from specforge_core.prompts.row_encoder import Chunk, ChunkOutcome, EncodingWork, RowOutcome
-from specforge_core.prompts.row_fields import check_mapping
 from specforge_core.prompts.set_origin import SetOrigin, describe_sources, make_rules
-from specforge_core.prompts.sources import SourceFile, find_files, read_records
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection, HubSource

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from specforge_core.contracts import ChatTokenizer, DataError
 from specforge_core.prompts.conversation import EncodedPrompt, SourceRow
-from specforge_core.prompts.encoder import ConversationEncoder
-from specforge_core.prompts.raw_rows import Record
-from specforge_core.prompts.rows import parse_record
+from specforge_core.prompts.masking.encoder import ConversationEncoder
+from specforge_core.prompts.reading.raw_rows import Record
+from specforge_core.prompts.reading.rows import parse_record
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError
-from specforge_core.prompts.json_rows import check_line_ends
 from specforge_core.prompts.prompt_manifest import read_manifest
-from specforge_core.prompts.sources import SourceFile, is_table
+from specforge_core.prompts.reading.json_rows import check_line_ends
+from specforge_core.prompts.reading.sources import SourceFile, is_table
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection

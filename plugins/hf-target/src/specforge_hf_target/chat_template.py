@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from specforge_core.contracts import DataError, RenderedText
@@ -33,6 +34,7 @@ _COMMENTS = re.compile(r"\{#.*?#\}", re.DOTALL)
 _MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
+@lru_cache(maxsize=16)
 def marks_assistant(template: str) -> bool:
     """Whether the template marks the assistant's text, outside its comments."""
     return _MARKS_ASSISTANT.search(_COMMENTS.sub("", template)) is not None

@@ -14,7 +14,9 @@ import torch
 from specforge_core.contracts import (
     INPUT_IDS,
     LOSS_MASK,
+    AnswerSource,
     CaptureRequest,
+    ChatTokenizer,
     Prompt,
     Sample,
     TargetDecoder,
@@ -24,6 +26,7 @@ from specforge_core.contracts import (
 )
 from torch import Tensor, nn
 
+from specforge_hf_target.answers import HfAnswers
 from specforge_hf_target.cached_decoder import HfTargetDecoder
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.decoder_layers import FeatureCollector, check_request, find_decoder, find_layers
@@ -72,6 +75,9 @@ class HfTargetEngine(TargetEngine):
     def decoder(self, request: CaptureRequest) -> TargetDecoder:
         check_request(request, self.info)
         return HfTargetDecoder(self._load(), request, self.info)
+
+    def answers(self, tokenizer: ChatTokenizer, *, batch_size: int) -> AnswerSource:
+        return HfAnswers(self._load(), self.info, tokenizer, batch_size=batch_size)
 
     def health(self) -> None:
         """:raises TargetError: the model cannot be read, or its device is not there."""

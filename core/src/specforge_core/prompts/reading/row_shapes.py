@@ -15,8 +15,8 @@ from typing import Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.row_fields import CONVERSATION_KEYS, PAIR_KEYS, THOUGHT_KEYS, Fields, from_text
-from specforge_core.prompts.turns import Turns, parse_turns, text_turn
+from specforge_core.prompts.reading.row_fields import CONVERSATION_KEYS, PAIR_KEYS, THOUGHT_KEYS, Fields, from_text
+from specforge_core.prompts.reading.turns import Turns, parse_turns, text_turn
 
 _CUT = frozenset(("length", "max_tokens", "content_filter", "abort", "aborted", "error", "timeout"))
 

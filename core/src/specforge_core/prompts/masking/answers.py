@@ -17,9 +17,9 @@ from functools import cached_property
 
 from specforge_core.contracts import DataError
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.marking import Kind, Place
-from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import THINKING_TAG, TurnEnds, before_thinking, has_thinking
+from specforge_core.prompts.masking.marking import Kind, Place
+from specforge_core.prompts.masking.rendering import Rendering, TemplateRenderer
+from specforge_core.prompts.masking.turn_ends import THINKING_TAG, TurnEnds, before_thinking, has_thinking
 
 Span = tuple[int, int]
 
@@ -132,7 +132,7 @@ class TurnLocator:
         :param exact: whether ``gap`` ends where the template's own text ends. Otherwise whitespace of the answer may
             follow, and a block that is known tells where it begins.
         """
-        length = _block_length(gap)
+        length = _block_length(gap) if gap else 0
         if length and not exact:
             length = max((len(block) for block in self._blocks if gap.startswith(block)), default=length)
         return length

@@ -75,7 +75,7 @@ class MarkedMessages:
     """A conversation's messages with marks, and what the marks mean.
 
     :param literals: texts that the template looks for in contents; they stay outside the marks.
-    :raises DataError: a text holds characters of the private planes itself, or there are too many texts.
+    :raises DataError: there are too many texts.
     """
 
     def __init__(self, messages: Sequence[Message], *, literals: re.Pattern[str] | None, marking: Marking):
@@ -149,12 +149,8 @@ class MarkedMessages:
         inset = 1 if self._marking is Marking.INSIDE and len(core) > 2 else 0
         if not core:
             return text
-        if MARKS.search(core) or len(self.texts) >= _MOST_TEXTS:
-            raise DataError(
-                "holds characters of Unicode's private planes, or too many texts",
-                where=f"messages[{index}]",
-                hint="leave the row out, or give it as input_ids and loss_mask",
-            )
+        if len(self.texts) >= _MOST_TEXTS:
+            raise DataError(f"holds more than {_MOST_TEXTS} texts", where=f"messages[{index}]", hint="split it")
         before, _, after = text.partition(core) if not self._outside else ("", text, "")
         core = text if self._outside else core
         number = _FIRST_MARK + 2 * len(self.texts)

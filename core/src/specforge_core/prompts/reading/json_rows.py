@@ -19,8 +19,8 @@ from typing import IO, Any, cast
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.json_array import ArrayReader
-from specforge_core.prompts.raw_rows import MAX_ROW_BYTES, Record, too_long
+from specforge_core.prompts.reading.json_array import ArrayReader
+from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, Record, too_long
 
 _GZIP, _ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _BOM = b"\xef\xbb\xbf"

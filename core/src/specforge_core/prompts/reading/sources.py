@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import DataError
-from specforge_core.prompts.arrow_rows import (
+from specforge_core.prompts.reading.arrow_rows import (
     ARROW_FILE,
     ARROW_STREAM,
     PARQUET,
@@ -26,10 +26,10 @@ from specforge_core.prompts.arrow_rows import (
     arrow_rows,
     dataset_files,
 )
-from specforge_core.prompts.hub import hub_files
-from specforge_core.prompts.json_rows import json_rows
-from specforge_core.prompts.raw_rows import Record
-from specforge_core.prompts.row_fields import ROW_KEYS
+from specforge_core.prompts.reading.hub import hub_files
+from specforge_core.prompts.reading.json_rows import json_rows
+from specforge_core.prompts.reading.raw_rows import Record
+from specforge_core.prompts.reading.row_fields import ROW_KEYS
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import HubSource

@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError
-from specforge_core.prompts.channels import join_channels
 from specforge_core.prompts.conversation import Conversation, SourceRow
-from specforge_core.prompts.row_fields import CONVERSATION_KEYS, Fields, check_mapping, check_value, from_text
-from specforge_core.prompts.row_shapes import Exchange, find_turns, read_exchange
-from specforge_core.prompts.sources import find_files, read_records
-from specforge_core.prompts.token_rows import find_text, find_tokens, mask_missing
-from specforge_core.prompts.turns import Turns, text_turn
+from specforge_core.prompts.reading.channels import join_channels
+from specforge_core.prompts.reading.row_fields import CONVERSATION_KEYS, Fields, check_mapping, check_value, from_text
+from specforge_core.prompts.reading.row_shapes import Exchange, find_turns, read_exchange
+from specforge_core.prompts.reading.sources import find_files, read_records
+from specforge_core.prompts.reading.token_rows import find_text, find_tokens, mask_missing
+from specforge_core.prompts.reading.turns import Turns, text_turn
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import HubSource
-    from specforge_core.prompts.raw_rows import Record
-    from specforge_core.prompts.sources import SourceFile
+    from specforge_core.prompts.reading.raw_rows import Record
+    from specforge_core.prompts.reading.sources import SourceFile
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _NOTHING: Mapping[str, str] = {}

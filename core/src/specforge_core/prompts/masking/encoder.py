@@ -16,11 +16,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from specforge_core.contracts import ChatTokenizer, DataError
-from specforge_core.prompts.answers import Span, Turn, TurnLocator
 from specforge_core.prompts.conversation import Conversation, EncodedPrompt
-from specforge_core.prompts.marking import CALL_KEYS, Kind
-from specforge_core.prompts.rendering import Rendering, TemplateRenderer
-from specforge_core.prompts.turn_ends import TurnEnds
+from specforge_core.prompts.masking.answers import Span, Turn, TurnLocator
+from specforge_core.prompts.masking.marking import CALL_KEYS, Kind
+from specforge_core.prompts.masking.rendering import Rendering, TemplateRenderer
+from specforge_core.prompts.masking.turn_ends import TurnEnds
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import DataSection
@@ -67,7 +67,7 @@ class ConversationEncoder:
         counts: Counter[str] = Counter()
         _count_texts(rendering, counts, names_tools="tools" in self._renderer.source.names)
         turns = self._choose(self._locator.locate(rendering), conversation, counts)
-        spans = [(turn.start, turn.end) for turn in turns if turn.start is not None and turn.start < turn.end]
+        spans = [(turn.start, turn.end) for turn in turns if turn.start is not None]
         if rendering.marked is not None:
             spans = self._use_marks(rendering, spans)
         ended = {turn.end for turn in turns if turn.ended}
@@ -75,11 +75,12 @@ class ConversationEncoder:
 
     def _choose(self, turns: Sequence[Turn], conversation: Conversation, counts: Counter[str]) -> list[Turn]:
         """Those that are trained."""
-        counts["answers_untrained"] += sum(turn.message in conversation.untrained for turn in turns)
-        counts["answers_left_out"] += sum(turn.start is None for turn in turns)
-        chosen = [turn for turn in turns if turn.message not in conversation.untrained and turn.start is not None]
+        wanted = [turn for turn in turns if turn.message not in conversation.untrained]
+        counts["answers_untrained"] += len(turns) - len(wanted)
         if self._settings.last_turn_only or self._settings.samples == "turn":
-            chosen = chosen[-1:]
+            wanted = wanted[-1:]
+        chosen = [turn for turn in wanted if turn.start is not None and turn.start < turn.end]
+        counts["answers_left_out"] += len(wanted) - len(chosen)
         counts["answers_trained"] += len(chosen)
         counts["empty_thoughts"] += sum(turn.inserted for turn in chosen)
         return chosen

@@ -14,7 +14,7 @@ from typing import Any
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import parse_json
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.turns import Turn, Turns
+from specforge_core.prompts.reading.turns import Turn, Turns
 
 _CHANNELS = ("analysis", "commentary", "final")
 _OURS = frozenset(("role", "content", "channel", "recipient", "content_type"))

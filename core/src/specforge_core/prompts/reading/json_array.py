@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.raw_rows import MAX_ROW_BYTES, too_long
+from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, too_long
 
 _CHUNK = 64 << 10
 _SPACES = re.compile(r"[ \t\n\r]*")

@@ -14,7 +14,7 @@ from typing import Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.row_fields import THOUGHT_KEYS, check_value, from_text
+from specforge_core.prompts.reading.row_fields import THOUGHT_KEYS, check_value, from_text
 
 ROLES: Mapping[str, str] = {
     "system": "system",

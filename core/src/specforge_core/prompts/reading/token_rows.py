@@ -12,8 +12,8 @@ from typing import Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.row_fields import ANSWER_ID_KEYS, MASK_KEYS, Fields, check_value, from_text
-from specforge_core.prompts.row_shapes import Exchange
+from specforge_core.prompts.reading.row_fields import ANSWER_ID_KEYS, MASK_KEYS, Fields, check_value, from_text
+from specforge_core.prompts.reading.row_shapes import Exchange
 
 Tokens = tuple[list[int], list[int]]
 """Ids and mask, of one length."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from specforge_core.contracts import ChatTokenizer, DataError
 from specforge_core.prompts.conversation import Conversation, Message
-from specforge_core.prompts.marking import Kind, MarkedMessages, MarkedText, Marking, Place, overlap
-from specforge_core.prompts.template_source import TemplateSource
+from specforge_core.prompts.masking.marking import MARKS, Kind, MarkedMessages, MarkedText, Marking, Place, overlap
+from specforge_core.prompts.masking.template_source import TemplateSource
 
 MAX_TEXT_CHARACTERS = 6 << 20
 """Half as much again as the longest row (``sources``): to encode text takes some 130 bytes for each of its own."""
@@ -102,6 +102,11 @@ class TemplateRenderer:
             raise DataError(
                 f"the chat template makes {len(plain.text)} characters of it, {MAX_TEXT_CHARACTERS} are the most",
                 hint="split the conversation: a prompt is cut at data.max_length tokens anyway",
+            )
+        if MARKS.search(plain.text):
+            raise DataError(
+                "holds characters of Unicode's private planes",
+                hint="leave the row out, or give it as input_ids and loss_mask",
             )
         unmarked = Rendering(
             text=plain.text,

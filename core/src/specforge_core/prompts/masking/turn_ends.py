@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from specforge_core.contracts import ChatTokenizer, DataError
 from specforge_core.prompts.conversation import Conversation
-from specforge_core.prompts.rendering import Rendering, TemplateRenderer
+from specforge_core.prompts.masking.rendering import Rendering, TemplateRenderer
 
 THINKING_TAG = r"[<\[(|\u25c1]+\W*(?:\w+[:_-])*(?:think|thought|reason)\w*\W*?[>\])|\u25b7]+"
 """An opening or closing tag around thoughts, in any of the styles that models use."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import open_regular, read_json_object
 from specforge_core.contracts.redaction import show_value
-from specforge_core.prompts.raw_rows import MAX_ROW_BYTES, Record
+from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, Record
 
 if TYPE_CHECKING:
     import pyarrow as pa
