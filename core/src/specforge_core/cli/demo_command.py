@@ -7,13 +7,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specforge_core.cli.progress import show_progress
 from specforge_core.cli.session import console, messages, open_run
+from specforge_core.contracts import Split
 from specforge_core.hooks.manager import PluginRegistry
+
+if TYPE_CHECKING:
+    from specforge_core.run.demo import DemoRun
+
+_SPLITS: tuple[Split, ...] = ("train", "eval")
 
 
 def register(app: typer.Typer) -> None:
@@ -32,15 +38,17 @@ def demo(
         Path | None, typer.Option("--cache", help="Where the demo's target is kept. Default: the user's cache.")
     ] = None,
 ) -> None:
-    """Train a small target from nothing, then a draft for it; evaluate, export, bench and report.
+    """Train a small target from nothing, let it answer, train a draft for it; evaluate, export, bench and report.
 
     Needs no network and no weights. A second demo finds the target in the cache.
     """
     registry: PluginRegistry = ctx.obj
     began = time.monotonic()
     with _step("target"):
-        run_file = _prepare(registry, strategy, directory, cache)
-    with open_run(registry, run_file, []) as run:
+        demo_run = _prepare(registry, strategy, directory, cache)
+    with _step("answers"):
+        _answer(registry, demo_run.answers)
+    with open_run(registry, demo_run.training, []) as run:
         from specforge_core.run import measure, roles
 
         with _step("capture"):
@@ -70,7 +78,15 @@ def demo(
     result.raise_if_lossy()
 
 
-def _prepare(registry: PluginRegistry, strategy: str | None, directory: Path | None, cache: Path | None) -> Path:
+def _answer(registry: PluginRegistry, run_file: Path) -> None:
+    with open_run(registry, run_file, [], threads_of="capture") as run:
+        from specforge_core.run.regenerate import regenerate
+
+        for split in _SPLITS:
+            regenerate(run, split)
+
+
+def _prepare(registry: PluginRegistry, strategy: str | None, directory: Path | None, cache: Path | None) -> DemoRun:
     from specforge_core.run.demo import choose_strategy, default_cache, write_demo_run
 
     name = choose_strategy(registry, strategy)

@@ -56,6 +56,13 @@ def _core_asks(config: RunConfig) -> dict[tuple[str, str], str]:
         hubs = [source.hub for source in sources if isinstance(source, HubSource)]
         if hubs:
             asked["data", key] = f"connect to the hub and download {', '.join(hubs)}"
+    made = config.regenerate
+    if made.servers:
+        asked["regenerate", "servers"] = f"connect to {', '.join(made.servers)} and send them its prompts"
+    if made.api_key_file is not None:
+        asked["regenerate", "api_key_file"] = f"use the secret in {made.api_key_file}"
+    if made.output is not None:
+        asked["regenerate", "output"] = f"keep answers in {made.output}"
     if config.data.features is not None:
         asked["data", "features"] = f"keep its features in {config.data.features}"
     return asked

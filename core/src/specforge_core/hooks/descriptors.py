@@ -105,14 +105,16 @@ class RefChannelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoTarget:
-    """A small real target that an engine made for ``specforge demo``, with prompts for it.
+    """A small real target that an engine made for ``specforge demo``, with prompts that it is to answer.
 
     :param section: what the run file's ``target`` section must say besides ``name``.
+    :param answer_tokens: the most that an answer may have.
     """
 
     section: Mapping[str, str]
     train_prompts: Path
     eval_prompts: Path
+    answer_tokens: int = 96
 
 
 PartSpec = StrategySpec | TargetEngineSpec | FeatureStoreSpec | RefChannelSpec

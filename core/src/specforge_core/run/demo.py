@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from specforge_core.contracts import ConfigError, PluginError, Progress
 from specforge_core.hooks.descriptors import DemoTarget, resolve
 from specforge_core.hooks.manager import PluginRegistry
 from specforge_core.run.directory import to_yaml, write_text
+
+_ANSWERS_AT_ONCE = 128
+"""The demo's target is small: a wide batch costs little more than one row."""
 
 
 def default_cache() -> Path:
@@ -40,10 +44,18 @@ def choose_strategy(registry: PluginRegistry, name: str | None) -> str:
     return names[0]
 
 
+@dataclass(frozen=True, slots=True)
+class DemoRun:
+    """Two run files: the target answers the prompts by the first, a draft is trained on its answers by the second."""
+
+    answers: Path
+    training: Path
+
+
 def write_demo_run(
     registry: PluginRegistry, strategy: str, *, directory: Path, cache: Path, progress: Progress
-) -> Path:
-    """Make the demo's target (or find it in the cache) and write the demo's run file; returns its path.
+) -> DemoRun:
+    """Make the demo's target (or find it in the cache) and write the demo's run files.
 
     :raises PluginError: the strategy ships no demo, or the engine it wants makes no target for one.
     :raises ConfigError: ``directory`` cannot be written.
@@ -64,9 +76,12 @@ def write_demo_run(
     target: DemoTarget = resolve(engine.demo)(cache, progress)
     run_file["run"] = {"directory": str(directory), **run_file.get("run", {})}
     run_file["target"] |= target.section
-    run_file["data"] = {"train": [str(target.train_prompts)], "eval": [str(target.eval_prompts)]} | run_file.get(
-        "data", {}
-    )
-    path = directory / "demo.yaml"
-    write_text(path, to_yaml(run_file))
-    return path
+    answered = target.train_prompts.parent / "answers"  # beside the prompts: whoever uses the target uses them too
+    made = {"output": str(answered), "max_tokens": target.answer_tokens, "batch_size": _ANSWERS_AT_ONCE}
+    sources = {"train": [str(target.train_prompts)], "eval": [str(target.eval_prompts)]}
+    rows = {"train": [str(answered / "train")], "eval": [str(answered / "eval")]}
+    demo = DemoRun(directory / "answers.yaml", directory / "demo.yaml")
+    given = run_file.get("data", {})
+    write_text(demo.answers, to_yaml({**run_file, "data": {**given, **sources}, "regenerate": made}))
+    write_text(demo.training, to_yaml({**run_file, "data": {**rows, **given}}))
+    return demo

@@ -8,11 +8,9 @@ journal; the process that finds everything made writes ``rows.jsonl``, the manif
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +20,8 @@ from specforge_core.contracts import (
     AnswerSource,
     CaptureBatch,
     ChannelError,
-    ChatTokenizer,
     ConfigError,
     DataError,
-    GenerationRequest,
     GenerationSettings,
     Lease,
     LeaseDesk,
@@ -36,10 +32,7 @@ from specforge_core.contracts import (
 from specforge_core.contracts.files import read_json_object
 from specforge_core.features.file_channel import FileChannel
 from specforge_core.hooks.builtin import FileChannelConfig
-from specforge_core.prompts.conversation import SourceRow
 from specforge_core.prompts.directory_lock import locked
-from specforge_core.prompts.masking.template_source import TemplateSource
-from specforge_core.prompts.reading.rows import BadRow, read_rows
 from specforge_core.prompts.reading.sources import find_files
 from specforge_core.prompts.regeneration.dialogue import Dialogue, count_endings
 from specforge_core.prompts.regeneration.journal import ROWS_FILE, Journal, Journals
@@ -47,13 +40,13 @@ from specforge_core.prompts.regeneration.loop import RegenerationLoop
 from specforge_core.prompts.set_origin import describe_sources
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import write_json
+from specforge_core.run.regeneration_rows import RegenerationRows
 from specforge_core.run.wires import process_name
 
-MANIFEST_FILE, _WORK = "manifest.json", ".work"
+_WORK = ".work"
 _BATCH = 16
 """Conversations leased together: seconds of work, so that a death costs little and the desk's log stays short."""
 _WAIT_SECONDS = 0.5
-_SWITCHES = ("enable_thinking", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +97,18 @@ class _Regeneration:
         self._files = find_files(data.train if split == "train" else data.eval)
         base = self._settings.output or run.directory.root / "regenerated"
         self.output = base / split
+        self.manifest_file = base / f"{split}.manifest.json"  # beside the rows, whose directory is a source
         self.journals = Journals(self.output / _WORK)
-        self._cursor, self._position = self._rows(), 0
-
-    @cached_property
-    def _tokenizer(self) -> ChatTokenizer:
-        return self._run.prompts.tokenizer()
+        self.rows = RegenerationRows(run.plan.config, self._files, tokenizer=run.prompts.tokenizer, limit=limit)
 
     @cached_property
     def _source(self) -> AnswerSource:
         if self._settings.servers:
             from specforge_core.prompts.regeneration.chat_servers import ChatServers
 
-            return ChatServers(self._settings, api_key=_read_key(self._settings.api_key_file))
+            return ChatServers(self._settings, key=_read_key(self._settings.api_key_file))
         engine: TargetEngine = self._run.engine
-        return engine.answers(self._tokenizer, batch_size=self._settings.batch_size)
-
-    @cached_property
-    def _switch(self) -> str | None:
-        """The template's variable that turns thinking on and off."""
-        names = TemplateSource(self._tokenizer.template).names
-        found = next((name for name in _SWITCHES if name in names), None)
-        if found is None and self._settings.thinking != "template":
-            raise ConfigError(
-                "the chat template has no variable that turns thinking on or off",
-                where="regenerate.thinking",
-                hint=f"leave it out; it would be one of {', '.join(_SWITCHES)}",
-            )
-        return found
+        return engine.answers(self.rows.tokenizer, batch_size=self._settings.batch_size)
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -156,7 +133,7 @@ class _Regeneration:
         :raises ConfigError: it was made otherwise.
         """
         key = json.loads(json.dumps(self.key))
-        for path, finished in ((self.output / MANIFEST_FILE, True), (self.output / _WORK / "key.json", False)):
+        for path, finished in ((self.manifest_file, True), (self.output / _WORK / "key.json", False)):
             if not path.exists():
                 continue
             found = _read_json(path)
@@ -175,7 +152,7 @@ class _Regeneration:
         """This process's share, beside others'."""
         run = self._run
         if self._settings.thinking != "template":
-            _ = self._switch
+            _ = self.rows.switch
         answered_by = self._source.describe()
         (self.output / _WORK).mkdir(parents=True, exist_ok=True)
         write_json(self.output / _WORK / "key.json", self.key)
@@ -199,7 +176,7 @@ class _Regeneration:
                     settings=self._generation_settings(),
                     claims=claims,
                     journal=journal,
-                    ask=self._request,
+                    ask=self.rows.request,
                     progress=progress,
                     stop=run.stop,
                 ).run()
@@ -215,7 +192,7 @@ class _Regeneration:
             if finished is not None:
                 return finished
             self.journals.refresh()
-            places, unusable = self.scan()
+            places, unusable = self.rows.scan()
             missing = [place for place in places if place not in self.journals.endings]
             if missing:
                 raise DataError(
@@ -232,79 +209,9 @@ class _Regeneration:
                 "unusable": unusable,
                 "rows_sha256": digest,
             }
-            write_json(self.output / MANIFEST_FILE, manifest)
+            write_json(self.manifest_file, manifest)
             shutil.rmtree(work, ignore_errors=True)
             return manifest
-
-    def scan(self) -> tuple[list[int], int]:
-        """The places of rows that are conversations, and how many others there are.
-
-        :raises DataError: a row cannot be read, with ``data.on_bad_row: stop``.
-        """
-        places, unusable = [], 0
-        for place, row in enumerate(self._rows()):
-            if isinstance(row, BadRow):
-                if self._run.plan.config.data.on_bad_row == "stop":
-                    raise row.error
-                unusable += 1
-            elif _is_dialogue(row):
-                places.append(place)
-            else:
-                unusable += 1
-        if not places:
-            raise DataError("no row is a conversation with an answer", where=self._files[0].name, hint="see data check")
-        return places, unusable
-
-    def dialogues(self, first: int, count: int) -> list[tuple[int, Dialogue]]:
-        """The conversations among so many rows."""
-        if first < self._position:  # what came back from a dead process
-            self._cursor, self._position = self._rows(), 0
-        found = []
-        while self._position < first + count:
-            row = next(self._cursor, None)
-            if row is None:
-                break
-            if self._position >= first and isinstance(row, SourceRow) and _is_dialogue(row):
-                found.append((self._position, self._dialogue(row)))
-            self._position += 1
-        return found
-
-    def _rows(self) -> Iterator[SourceRow | BadRow]:
-        rows = read_rows(self._files, self._run.plan.config.data.mapping)
-        return itertools.islice(rows, self._limit)
-
-    def _dialogue(self, row: SourceRow) -> Dialogue:
-        assert row.conversation is not None
-        return Dialogue(row.prompt_id, row.conversation, last_only=self._settings.turns == "last")
-
-    def _request(self, dialogue: Dialogue) -> GenerationRequest:
-        data, conversation = self._run.plan.config.data, dialogue.conversation
-        arguments = {**data.template_arguments, **conversation.template_arguments, **self._thinking(dialogue.prompt_id)}
-        input_ids: Sequence[int] = ()
-        if not self._settings.servers:
-            text = self._tokenizer.render(
-                _as_shown(dialogue.messages),
-                add_generation_prompt=True,
-                tools=conversation.tools,
-                arguments=arguments,
-                date=data.date,
-            ).text
-            input_ids = self._tokenizer.encode(text).input_ids
-        return GenerationRequest(
-            request_id=f"{dialogue.prompt_id}/{dialogue.turn}",
-            messages=_as_shown(dialogue.messages),
-            tools=conversation.tools,
-            arguments=arguments,
-            input_ids=input_ids,
-            seed=_number(self._run.plan.config.run.seed, dialogue.prompt_id, dialogue.turn),
-        )
-
-    def _thinking(self, prompt_id: str) -> dict[str, bool]:
-        wanted = self._settings.thinking
-        if wanted == "template" or self._switch is None:
-            return {}
-        on = wanted == "on" or (wanted == "mixed" and _number("thinking", prompt_id) % 2 == 1)
-        return {self._switch: on}
 
     def _generation_settings(self) -> GenerationSettings:
         settings = self._settings
@@ -327,7 +234,7 @@ class _LeasedConversations:
 
     def offer(self) -> None:
         """Offer what was not made."""
-        places, _ = self._work.scan()
+        places, _ = self._work.rows.scan()
         self.total = len(places)
         self._work.journals.refresh()
         missing = sorted({place // _BATCH for place in places if place not in self._work.journals.endings})
@@ -343,7 +250,7 @@ class _LeasedConversations:
         made = self._work.journals.endings
         batch = [
             (place, dialogue)
-            for place, dialogue in self._work.dialogues(lease.batch.first, lease.batch.count)
+            for place, dialogue in self._work.rows.dialogues(lease.batch.first, lease.batch.count)
             if place not in made
         ]
         if not batch:
@@ -362,20 +269,6 @@ class _LeasedConversations:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, refuse=lambda reason: DataError(reason, where=str(path), hint="delete the directory"))
-
-
-def _is_dialogue(row: SourceRow) -> bool:
-    messages: Sequence[Mapping[str, Any]] = row.conversation.messages if row.conversation is not None else ()
-    return any(message.get("role") == "assistant" for message in messages)
-
-
-def _as_shown(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
-
-
-def _number(*parts: object) -> int:
-    """The same number for the same parts, everywhere."""
-    return int.from_bytes(hashlib.sha256("\0".join(map(str, parts)).encode()).digest()[:4])
 
 
 def _read_key(path: Path | None) -> str | None:

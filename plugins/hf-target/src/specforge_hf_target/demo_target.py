@@ -2,9 +2,10 @@
 """``specforge demo``'s target: a small real model, made on this machine from text that every machine has.
 
 No download and no weights: a Qwen3 of some two million parameters with its own tokenizer learns the functions of the
-Python standard library in about two minutes on two cores, then answers the demo's training prompts itself, greedily,
-because a draft learns most from what its target really says. Everything lies in the caller's cache directory, complete
-or not at all, under a name that holds a fingerprint of corpus, budget and versions, so that a second demo reuses it.
+Python standard library in about two minutes on two cores. The demo's prompts are beginnings of such functions with the
+corpus's own answers; ``specforge regenerate`` lets the target answer them. Everything lies in the caller's cache
+directory, complete or not at all, under a name that holds a fingerprint of corpus, budget and versions: a second demo
+finds it there.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from specforge_hf_target.demo_corpus import Corpus, Exchange, read_corpus
 from specforge_hf_target.progress_bars import without_progress_bars
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     from specforge_hf_target.demo_training import DemoBudget
 
-RECIPE = 1
+RECIPE = 2
 """Bumped whenever this module would make another target of the same corpus."""
 
 
@@ -69,6 +70,7 @@ def prepare_within(cache_directory: Path, *, budget: DemoBudget, progress: Progr
         section={"path": str(directory)},
         train_prompts=directory / "train.jsonl",
         eval_prompts=directory / "eval.jsonl",
+        answer_tokens=budget.answer_tokens,
     )
 
 
@@ -115,7 +117,7 @@ def _make_target(directory: Path, corpus: Corpus, budget: DemoBudget, progress: 
             ("train", corpus.train, budget.answered_prompts),
             ("eval", corpus.held_out, budget.held_out_prompts),
         ):
-            lines = _answer(model, tokenizer, _spread(exchanges, count), budget, progress)
+            lines = _short_enough(tokenizer, _spread(exchanges, count), budget)
             (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     with without_progress_bars():
         model.save_pretrained(directory)
@@ -145,26 +147,12 @@ def _spread(exchanges: Sequence[Exchange], count: int) -> list[Exchange]:
     return [exchanges[index * len(exchanges) // count] for index in range(count)]
 
 
-def _answer(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    exchanges: Sequence[Exchange],
-    budget: DemoBudget,
-    progress: Progress,
-) -> list[str]:
-    """One JSON line per exchange whose beginning is short enough, with the target's own answer as the response."""
-    from specforge_hf_target.demo_training import answer_prompts
-
+def _short_enough(tokenizer: PreTrainedTokenizerFast, exchanges: Sequence[Exchange], budget: DemoBudget) -> list[str]:
+    """One JSON line per exchange whose beginning leaves the target room to answer."""
     texts = [
         tokenizer.apply_chat_template(_messages(item.user, "")[:1], tokenize=False, add_generation_prompt=True)
         for item in exchanges
     ]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    asked = [(item, ids) for item, ids in zip(exchanges, encoded, strict=True) if len(ids) <= budget.prompt_tokens]
-    answers = answer_prompts(model, [ids for _, ids in asked], answer_tokens=budget.answer_tokens, progress=progress)
-    rows = [
-        {"messages": _messages(item.user, tokenizer.decode(answer, skip_special_tokens=True))}
-        for (item, _), answer in zip(asked, answers, strict=True)
-        if answer
-    ]
-    return [json.dumps(row) + "\n" for row in rows]
+    asked = [item for item, ids in zip(exchanges, encoded, strict=True) if len(ids) <= budget.prompt_tokens]
+    return [json.dumps({"messages": _messages(item.user, item.assistant)}) + "\n" for item in asked]

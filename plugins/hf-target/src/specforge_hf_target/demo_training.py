@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the demo's target from scratch and lets it answer prompts. CPU only, with a chosen number of threads.
+"""Trains the demo's target from scratch. CPU only, with a chosen number of threads.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -34,7 +34,7 @@ class DemoBudget:
     """How large the demo's target is and how long it is trained. Counts, not seconds, so that results repeat.
 
     :param batch_tokens: tokens per optimizer step, padding included.
-    :param answered_prompts: training prompts that the target answers itself; the draft is trained on the answers.
+    :param answered_prompts: training prompts, for the target to answer; the draft is trained on the answers.
     """
 
     vocab_size: int = 2048
@@ -117,29 +117,6 @@ def measure_loss(model: Qwen3ForCausalLM, rows: Sequence[Sequence[int]], *, batc
             total += float(_mean_loss(model, batch)) * tokens
             count += tokens
     return total / count if count else math.nan
-
-
-def answer_prompts(
-    model: Qwen3ForCausalLM, prompts: Sequence[Sequence[int]], *, answer_tokens: int, progress: Progress
-) -> list[list[int]]:
-    """What the target decodes greedily after each prompt, end of turn excluded."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    progress.begin("letting the demo's target answer its prompts", len(prompts))
-    for start in range(0, len(order), 128):
-        chosen = order[start : start + 128]
-        width = max(len(prompts[index]) for index in chosen)
-        ids_BT = torch.full((len(chosen), width), PAD_ID)
-        mask_BT = torch.zeros((len(chosen), width), dtype=torch.int64)
-        for row, index in enumerate(chosen):
-            ids_BT[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
-            mask_BT[row, width - len(prompts[index]) :] = 1
-        output = model.generate(input_ids=ids_BT, attention_mask=mask_BT, max_new_tokens=answer_tokens, do_sample=False)
-        for row, index in enumerate(chosen):
-            answer = output[row, width:].tolist()
-            answers[index] = answer[: answer.index(TURN_END_ID)] if TURN_END_ID in answer else answer
-        progress.advance(len(chosen))
-    return answers
 
 
 def _mean_loss(model: Qwen3ForCausalLM, batch: Sequence[Sequence[int]]) -> Tensor:
