@@ -59,6 +59,16 @@ def write_rows(path: Path, count: int, *, exchanges: int = 3) -> Path:
     return path
 
 
+def write_token_rows(path: Path, count: int) -> Path:
+    """Rows of some 100 token ids: nothing is encoded, so a million of them take a minute."""
+    generator = random.Random(3)
+    with path.open("w", encoding="utf-8") as out:
+        for _ in range(count):
+            ids = generator.choices(range(8000), k=generator.randint(60, 140))
+            out.write(json.dumps({"input_ids": ids, "loss_mask": [0] * 20 + [1] * (len(ids) - 20)}) + "\n")
+    return path
+
+
 def make_tokenizer(directory: Path) -> Path:
     """A byte-level BPE of 8,000 tokens, trained on words like these: no model is at hand everywhere."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -154,9 +164,13 @@ def memory_of(pid: int) -> int:
     return 0
 
 
-def measure_memory(model: Path, directory: Path, *, rows: int, workers: int) -> None:
-    """Print the peak of a process that prepares so many short rows, and of its workers."""
-    source = write_rows(directory / f"rows-{rows}.jsonl", rows, exchanges=1)
+def measure_memory(model: Path, directory: Path, *, rows: int, workers: int, tokens: bool) -> None:
+    """Print the peak of a process that prepares so many short rows, and of its workers.
+
+    :param tokens: rows are tokens already.
+    """
+    place = directory / f"rows-{rows}.jsonl"
+    source = write_token_rows(place, rows) if tokens else write_rows(place, rows, exchanges=1)
     command = [sys.executable, __file__, "--prepare", str(model), str(source), str(directory / f"m-{rows}-{workers}")]
     peak, began = 0, time.perf_counter()
     with subprocess.Popen([*command, str(workers)]) as process:
@@ -177,6 +191,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path, help="a tokenizer with a chat template; default: one made here")
     parser.add_argument("--memory-rows", type=int, nargs="*", default=[2000, 20_000])
+    parser.add_argument("--memory-tokens", action="store_true", help="measure memory with rows that are tokens already")
     parser.add_argument("--directory", type=Path, help="where the sets are written; default: a temporary directory")
     parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,10 +202,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as temporary:
         directory = Path(temporary)
         model = options.model or make_tokenizer(directory / "model")
-        measure_speed(model, directory, rows=options.rows, rounds=options.rounds)
+        if options.rounds:
+            measure_speed(model, directory, rows=options.rows, rounds=options.rounds)
         for rows in options.memory_rows:
             for workers in (1, 2):
-                measure_memory(model, directory, rows=rows, workers=workers)
+                measure_memory(model, directory, rows=rows, workers=workers, tokens=options.memory_tokens)
 
 
 if __name__ == "__main__":

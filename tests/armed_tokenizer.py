@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -36,11 +37,15 @@ class Armed(TokenizerFactory):
     """Makes an armed tokenizer in any process.
 
     :param failing: instead it finds no tokenizer.
+    :param wary: it warns.
     """
 
     failing: bool = False
+    wary: bool = False
 
     def __call__(self) -> ArmedTokenizer:
         if self.failing:
             raise TargetError("there is no tokenizer", where="armed")
+        if self.wary:
+            logging.getLogger("specforge_core.prompts.armed").warning("this tokenizer is armed")
         return ArmedTokenizer()

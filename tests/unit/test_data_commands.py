@@ -127,10 +127,10 @@ def test_an_empty_source_is_an_error(tiny_model: TinyModel, tmp_path: Path, comm
 def test_plan_says_what_of_the_data_a_run_will_meet(run_file: Path, command: Command) -> None:
     ended = command("plan", "run.yaml")
     assert ended.returncode == 0, ended.stderr
-    assert "train      not prepared yet" in ended.stdout
+    assert "prompts    train: not prepared yet" in ended.stdout
     assert re.search(r"talks\.jsonl: JSON lines; \d+ B; problem: .*talks\.jsonl:3: messages: is", ended.stdout)
     command("data", "check", "run.yaml")
-    assert "train      2 prompts are prepared" in command("plan", "run.yaml").stdout
+    assert "prompts    train: 2 prompts are prepared" in command("plan", "run.yaml").stdout
     found = json.loads(command("plan", "run.yaml", "--json", "data.max_length=50").stdout)["data"]["train"]
     assert found["prepared"] is None
     assert found["sources"][0]["format"] == "JSON lines"

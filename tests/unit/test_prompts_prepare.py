@@ -18,11 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 from specforge_core.config.run_config import DataSection
-from specforge_core.contracts import DataError, DeadlineExceeded, Prompt, SilentProgress
+from specforge_core.contracts import DataError, DeadlineExceeded, Prompt, RunStopped, SilentProgress, StopSignal
+from specforge_core.prompts import prepare as preparation
 from specforge_core.prompts.directory_lock import locked
 from specforge_core.prompts.id_table import IdTable
 from specforge_core.prompts.prepare import prepare_prompts
 from specforge_core.prompts.prompt_set import PromptSet, write_prompt_set
+from specforge_core.prompts.report import describe_lengths
+from specforge_core.run.interrupt import StoppableProgress
 from specforge_core.testing.tiny_tokenizer import TinyTokenizer
 from specforge_hf_target.config import HfTargetConfig
 from specforge_hf_target.tokenizer import load_tokenizer
@@ -40,7 +43,9 @@ def no_tokenizer():
     raise AssertionError("the tokenizer was asked for")
 
 
-def prepare(sources: list[Path], directory: Path, *, tokenizer=no_tokenizer, vocab_size: int = 100, **settings):
+def prepare(
+    sources: list[Path], directory: Path, *, tokenizer=no_tokenizer, vocab_size: int = 100, progress=None, **settings
+):
     section = DataSection(train=sources, **{"max_length": 64, **settings})
     return prepare_prompts(
         sources,
@@ -48,7 +53,7 @@ def prepare(sources: list[Path], directory: Path, *, tokenizer=no_tokenizer, voc
         tokenizer=tokenizer,
         settings=section,
         vocab_size=vocab_size,
-        progress=SilentProgress(),
+        progress=progress or SilentProgress(),
     )
 
 
@@ -423,3 +428,27 @@ def test_ids_of_one_hash_are_told_apart() -> None:
     assert [table.find(prompt_id) for prompt_id in written] == list(range(5000))
     written[17] = b"another of this hash"
     assert table.find(b"id-17") is None
+
+
+def test_percentiles_are_by_nearest_rank() -> None:
+    assert describe_lengths(range(1, 101)) == {"p50": 50, "p90": 90, "p99": 99, "max": 100}
+    assert describe_lengths([7]) == {"p50": 7, "p90": 7, "p99": 7, "max": 7}
+    assert describe_lengths([3, 1, 2]) == {"p50": 2, "p90": 3, "p99": 3, "max": 3}
+    assert describe_lengths([]) == {}
+
+
+def test_a_stop_is_heeded_and_what_was_prepared_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_lines(tmp_path / "a.jsonl", *[TOKENS] * 500)
+    stop = StopSignal()
+    monkeypatch.setattr(preparation, "SAVE_SECONDS", 0.0)
+
+    class Stopping(SilentProgress):
+        def advance(self, units: int, **values: float) -> None:
+            if units:
+                stop.request("enough")
+
+    with pytest.raises(RunStopped, match="enough"):
+        prepare([source], tmp_path / "set", progress=StoppableProgress(Stopping(), stop))
+    assert (tmp_path / ".set.partial" / "progress.json").exists()
+    assert len(prepare([source], tmp_path / "set")) == 500
+    assert not (tmp_path / ".set.partial").exists()

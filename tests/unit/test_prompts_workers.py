@@ -102,3 +102,9 @@ def test_errors_can_be_sent(error: SpecForgeError) -> None:
     assert type(received) is type(error)
     assert str(received) == str(error)
     assert (received.message, received.where, received.hint) == (error.message, error.where, error.hint)
+
+
+def test_what_workers_warn_of_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write_rows(tmp_path / "a.jsonl", [talk("good")] * 200)
+    prepare([source], tmp_path / "set", workers=2, tokenizer=Armed(wary=True))
+    assert [record.getMessage() for record in caplog.records] == ["this tokenizer is armed"]

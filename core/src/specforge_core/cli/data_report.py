@@ -66,7 +66,7 @@ def render_outlook(split: str, outlook: Mapping[str, Any]) -> Iterator[str]:
 
     prepared = outlook["prepared"]
     state = "not prepared yet" if prepared is None else f"{prepared} prompts are prepared"
-    yield f"{split:10} {state}"
+    yield f"prompts    {split}: {state}"
     for source in outlook["sources"]:
         said = [source["format"]] if "format" in source else []
         said += [format_bytes(source["bytes"])] if "bytes" in source else []

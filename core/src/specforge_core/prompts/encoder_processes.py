@@ -91,22 +91,25 @@ class _Reply:
 
 
 class _Pool:
+    """Workers, started as there is work for them."""
+
     def __init__(self, work: EncodingWork, workers: int, deadline_seconds: float) -> None:
+        self._work = work
+        self._most = workers
         self._deadline_seconds = deadline_seconds
         self._inbox: queue.SimpleQueue[tuple[int, _Reply | None]] = queue.SimpleQueue()
         self._done: dict[int, _Reply] = {}
         self._said: set[str] = set()
         self._workers: list[_Worker] = []
-        for index in range(workers):
-            self._workers.append(self._start(index, work))
 
-    def _start(self, index: int, work: EncodingWork) -> _Worker:
-        context = multiprocessing.get_context("spawn")
+    def _start(self) -> _Worker:
+        context, index = multiprocessing.get_context("spawn"), len(self._workers)
         here, there = context.Pipe()
-        process = context.Process(target=_work, args=(there, work), name=f"prompts-{index}", daemon=True)
+        process = context.Process(target=_work, args=(there, self._work), name=f"prompts-{index}", daemon=True)
         process.start()
         there.close()
         worker = _Worker(process, queue.SimpleQueue())
+        self._workers.append(worker)
         # Threads, so that a worker that is stopped in the middle of a message stops nobody but itself.
         threading.Thread(target=_send_all, args=(here, worker.outbox), daemon=True).start()
         threading.Thread(target=_receive_all, args=(here, self._inbox, index), daemon=True).start()
@@ -115,25 +118,23 @@ class _Pool:
     def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, ChunkOutcome]]:
         numbered = enumerate(chunks)
         waiting: dict[int, Chunk] = {}
-        wanted, ended = 0, False
-        while True:
-            while not ended and len(waiting) < _AHEAD * len(self._workers) and (idle := self._least_busy()):
-                given = next(numbered, None)
-                if given is None:
-                    ended = True
-                    break
+        wanted, given = 0, next(numbered, None)
+        while given is not None or waiting:
+            while given is not None and len(waiting) < _AHEAD * self._most and (worker := self._least_busy()):
                 waiting[given[0]] = given[1]
-                self._hand_out(idle, *given)
-            if not waiting:
-                return
+                self._hand_out(worker, *given)
+                given = next(numbered, None)
             while wanted not in self._done:
                 self._receive()
             yield waiting.pop(wanted), self._take(wanted)
             wanted += 1
 
     def _least_busy(self) -> _Worker | None:
-        worker = min(self._workers, key=lambda worker: len(worker.chunks))
-        return worker if len(worker.chunks) < _AT_HAND else None
+        """A worker that can take a chunk; None if all have enough."""
+        least = min(self._workers, key=lambda worker: len(worker.chunks), default=None)
+        if len(self._workers) < self._most and (least is None or least.chunks):
+            return self._start()
+        return least if least is not None and len(least.chunks) < _AT_HAND else None
 
     def _hand_out(self, worker: _Worker, number: int, chunk: Chunk) -> None:
         if not worker.chunks:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 
 _FORMAT = 1
 _PROGRESS_FILE, _PLACES_FILE, _SET = "progress.json", "places.i64", "set"
+_LENGTHS = 1 << 16
 _PLACE_BYTES = 24
 """Of each prompt: which source, which row of it, and where its id stands."""
 
@@ -144,10 +145,11 @@ class PartialSet:
     def prompts(self) -> int:
         return self._files.prompts
 
-    def lengths(self, first: int, stop: int) -> array[int]:
+    def lengths(self, first: int, stop: int) -> Iterator[int]:
         """Tokens of each prompt [first, stop)."""
-        offsets = array("q", self._files.read_offsets(first, stop + 1))
-        return array("q", (after - before for before, after in pairwise(offsets)))
+        for begin in range(first, stop, _LENGTHS):
+            offsets = array("q", self._files.read_offsets(begin, min(begin + _LENGTHS, stop) + 1))
+            yield from (after - before for before, after in pairwise(offsets))
 
     def find(self, prompt_id: bytes) -> tuple[int, int] | None:
         """Source and row of the prompt that has this id; None if there is none."""

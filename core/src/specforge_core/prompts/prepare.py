@@ -136,7 +136,8 @@ class _Preparation:
 
     def run(self, origin: SetOrigin, directory: Path) -> None:
         """Prepare what is left to prepare, and make the set visible."""
-        self._progress.begin("preparing", self._work.settings.max_prompts)
+        self._holder.total = self._work.settings.max_prompts
+        self._progress.begin("preparing", self._holder.total)
         self._show(sum(report.rows for report in self._reports))
         saved = time.monotonic()
         for chunk, outcome in encode_in_order(self._chunks(), self._work, workers=self._work.settings.workers):

@@ -6,10 +6,11 @@ The counts are kept in the manifest of the prompt set. ``warnings_of`` says in w
 
 from __future__ import annotations
 
-import math
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError
@@ -103,10 +104,14 @@ def _reason_of(error: DataError) -> str:
     return _PARTICULAR.sub("…", error.message.partition("\n")[0])[:_REASON_CHARACTERS]
 
 
-def describe_lengths(lengths: Sequence[int]) -> dict[str, int]:
-    """Percentiles by nearest rank."""
-    ranked = sorted(lengths)
-    return {name: ranked[math.ceil(share * len(ranked)) - 1] for name, share in PERCENTILES.items()} if ranked else {}
+def describe_lengths(lengths: Iterable[int]) -> dict[str, int]:
+    """Percentiles by nearest rank, from how often each length occurs: there are many lengths, but few that differ."""
+    often = Counter(lengths)
+    ranked = sorted(often)
+    below = list(accumulate(often[length] for length in ranked))
+    if not ranked:
+        return {}
+    return {name: ranked[bisect_left(below, share * below[-1])] for name, share in PERCENTILES.items()}
 
 
 def is_report(value: object) -> bool:
@@ -122,7 +127,7 @@ def is_report(value: object) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
-def total_of(reports: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> dict[str, Any]:
+def total_of(reports: Sequence[Mapping[str, Any]], lengths: Iterable[int]) -> dict[str, Any]:
     """The reports of several sources as one."""
     total = SourceReport("all")
     for report in reports:
