@@ -116,23 +116,19 @@ class ChatServers(AnswerSource):
             thread.start()
         waiting, active, more = iter(requests), 0, True
         try:
-            while True:
-                while more and active < self.in_flight:
-                    request = next(waiting, _END)
-                    if request is _END:
-                        more = False
-                    if not isinstance(request, GenerationRequest):
-                        break
+            while active or more:
+                request = next(waiting, _END) if more and active < self.in_flight else None
+                more = more and request is not _END
+                if isinstance(request, GenerationRequest):
                     asked.put(request)
                     active += 1
-                if not active and not more:
-                    return
+                    continue
                 answered = self._next(done)
-                if isinstance(answered, GeneratedAnswer):
+                if isinstance(answered, BaseException):
+                    raise answered
+                if answered is not None:
                     active -= 1
                     yield answered
-                elif answered is not None:
-                    raise answered
         finally:
             self._closed.set()
             for _ in threads:
@@ -187,25 +183,32 @@ class ChatServers(AnswerSource):
     def _ask_once(
         self, request: GenerationRequest, settings: GenerationSettings, *, server: _Server, connection: Connection
     ) -> GeneratedAnswer:
+        """
+        :raises TryAgain: another try may do better.
+        :raises TargetError: the server lets nobody ask.
+        """
         failed = True
         try:
-            while True:
-                body = make_body(request, settings, model=server.model, unknown=sorted(server.unknown))
-                try:
-                    answer = read_answer(
-                        request.request_id, connection.send("POST", f"{server.path}/chat/completions", body)
-                    )
-                except Refused as error:
-                    failed = error.status in _FORBIDDEN
-                    if failed:
-                        raise TargetError(str(error), where=server.name, hint="check address, model and key") from error
-                    if self._drop_field(server, str(error), body):
-                        continue
-                    return GeneratedAnswer(request.request_id, "failed", error=f"{server.name}: {error}")
-                failed = False
-                return answer
+            answer = self._exchange(request, settings, server=server, connection=connection)
+            failed = False
         finally:
             self._settle(server, failed=failed)
+        return answer
+
+    def _exchange(
+        self, request: GenerationRequest, settings: GenerationSettings, *, server: _Server, connection: Connection
+    ) -> GeneratedAnswer:
+        while True:
+            body = make_body(request, settings, model=server.model, unknown=sorted(server.unknown))
+            try:
+                answered = connection.send("POST", f"{server.path}/chat/completions", body)
+            except Refused as error:
+                if error.status in _FORBIDDEN:
+                    raise TargetError(str(error), where=server.name, hint="check address, model and key") from error
+                if self._drop_field(server, str(error), body):
+                    continue
+                return GeneratedAnswer(request.request_id, "failed", error=f"{server.name}: {error}")
+            return read_answer(request.request_id, answered)
 
     def _drop_field(self, server: _Server, said: str, body: Mapping[str, object]) -> bool:
         """Leave out a field that the server says it does not know."""
