@@ -123,9 +123,13 @@ def train_draft(name: str, target: DemoTarget, root: Path) -> Trained:
             "threads": 1,
         },
         "bench": {"prompts": 8, "max_new_tokens": MAX_NEW_TOKENS, "threads": 1},
+        "regenerate": {"output": str(root / "answers"), "max_tokens": target.answer_tokens},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(values))
-    specforge(root, "run", "run.yaml")
+    for split in ("train", "eval"):
+        specforge(root, "regenerate", "run.yaml", "--split", split)
+    answers = [f"data.{split}=[{root / 'answers' / split}]" for split in ("train", "eval")]
+    specforge(root, "run", "run.yaml", *answers)
     return Trained(name, directory, target.section["path"], *decode_alone(directory))
 
 
