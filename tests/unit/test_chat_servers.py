@@ -1,168 +1,296 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers as a source of answers: over real sockets, with every way in which a server can misbehave."""
+"""Answers from servers: many at once, from several, whatever the servers do."""
 
 from __future__ import annotations
 
-import logging
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_service import ChatService, serving
-from specforge_core.config.run_config import RegenerateSection
-from specforge_core.contracts import ConfigError, GeneratedAnswer, GenerationRequest, GenerationSettings, TargetError
-from specforge_core.prompts.regeneration import chat_request, chat_servers
-from specforge_core.prompts.regeneration.chat_servers import ChatServers
+from chat_service import ChatService, Json, answer_to, chat_service, complete, wait_until
+from specforge_core.contracts import (
+    DataError,
+    GeneratedAnswer,
+    GenerationRequest,
+    GenerationSettings,
+    RunStopped,
+    StopSignal,
+    TargetError,
+)
+from specforge_core.prompts.regeneration import server_pool
+from specforge_core.prompts.regeneration.chat_api import make_body, read_answer
+from specforge_core.prompts.regeneration.chat_servers import ChatServers, ServerSettings
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_servers, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(chat_servers, "_TICK_SECONDS", 0.02)
+SETTINGS = GenerationSettings(max_tokens=32)
 
 
 @pytest.fixture
 def service() -> Iterator[ChatService]:
-    with serving(ChatService()) as started:
-        yield started
+    with chat_service() as service:
+        yield service
 
 
-def source(*services: ChatService, key: str | None = None, **settings: Any) -> ChatServers:
-    given = {"timeout_seconds": 5.0, "retries": 3, "concurrency": 8, **settings}
-    return ChatServers(RegenerateSection(servers=[one.address for one in services], **given), key=key)
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (server_pool, __import__("specforge_core.prompts.regeneration.chat_servers", fromlist=["_"])):
+        monkeypatch.setattr(module, "FIRST_PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(module, "LONGEST_PAUSE_SECONDS", 0.1)
 
 
-def requests(count: int) -> list[GenerationRequest]:
-    return [GenerationRequest(f"r{n}", [{"role": "user", "content": f"question {n}"}]) for n in range(count)]
+def request(number: int, **more: Any) -> GenerationRequest:
+    return GenerationRequest(f"r{number}", [{"role": "user", "content": f"prompt {number}"}], seed=number, **more)
 
 
-def ask(servers: ChatServers, count: int = 1, **settings: Any) -> dict[str, GeneratedAnswer]:
-    servers.describe()
-    return {a.request_id: a for a in servers.answer(requests(count), GenerationSettings(**settings))}
+def servers(*services: ChatService, stop: StopSignal | None = None, **settings: Any) -> ChatServers:
+    given = {"concurrency": 8, "timeout_seconds": 10.0, "retries": 3, **settings}
+    addresses = tuple(service.address for service in services)
+    return ChatServers(ServerSettings(addresses=addresses, **given), stop=stop or StopSignal())
 
 
-def test_answers_come_with_ids_thoughts_and_usage(service: ChatService) -> None:
-    servers = source(service)
-    assert servers.describe() == {"model": "tiny", "servers": f"{service.address} 1.2.3"}
-    [answer] = servers.answer(requests(1), GenerationSettings(max_tokens=7))
-    assert (answer.content, answer.thought, answer.finish_reason) == ("QUESTION 0", "I shout.", "stop")
-    assert answer.token_ids == [*b"QUESTION 0", 257]
-    assert answer.prompt_ids is not None
-    assert answer.usage == {"prompt_tokens": 3, "completion_tokens": 10}
-    assert service.bodies[0]["max_tokens"] == 7
-    assert "chat_template_kwargs" not in service.bodies[0]
+def ask(source: ChatServers, count: int, **more: Any) -> dict[str, GeneratedAnswer]:
+    wanted = iter([request(number, **more) for number in range(count)])
+    try:
+        return {answer.request_id: answer for answer in source.answer(wanted, SETTINGS)}
+    finally:
+        source.close()
 
 
-def test_many_are_in_flight_over_several_servers(service: ChatService) -> None:
-    service.seconds = 0.05
-    with serving(ChatService(seconds=0.05)) as other:
-        answers = ask(source(service, other, concurrency=16), 64)
-    assert sorted(answers) == sorted(f"r{n}" for n in range(64))
-    assert 4 < service.most_at_once <= 16
-    assert min(sum(service.asked.values()), sum(other.asked.values())) > 10
+def test_answers_come_with_ids_usage_and_who_made_them(service: ChatService) -> None:
+    source = servers(service)
+    assert source.describe() == {"model": "tiny", "server": "7.8.9"}
+    answer = ask(source, 1)["r0"]
+    assert (answer.finish_reason, answer.content) == ("stop", answer_to(service.asked[0]))
+    assert answer.prompt_ids
+    assert answer.token_ids
+    assert answer.usage == {"prompt_tokens": len(answer.prompt_ids), "completion_tokens": len(answer.token_ids)}
 
 
-@pytest.mark.parametrize("status", [429, 500, 503, 408])
-def test_a_server_that_is_busy_is_asked_again(service: ChatService, status: int) -> None:
-    service.fail, service.retry_after = [status, status], "0"
-    assert ask(source(service))["r0"].content == "QUESTION 0"
-    assert service.asked["question 0"] == 3
+def test_hundreds_are_in_flight(service: ChatService) -> None:
+    everybody = threading.Barrier(200)
+
+    def together(service: ChatService, body: Json) -> tuple[int, Json]:
+        everybody.wait(timeout=60)
+        return 200, complete(body)
+
+    service.behave = together
+    assert len(ask(servers(service, concurrency=200, timeout_seconds=60), 200)) == 200
+    assert service.most_at_once == 200
 
 
-def test_dropped_connections_and_answers_that_are_none_are_tried_again(service: ChatService) -> None:
-    service.drop = 2
-    assert ask(source(service))["r0"].finish_reason == "stop"
-    service.body = b"{}"
-    answer = ask(source(service))["r0"]
-    assert (answer.finish_reason, "no chat completion" in answer.error) == ("failed", True)
-    service.body = b"\xff not json"
-    assert "not JSON" in ask(source(service))["r0"].error
-
-
-def test_a_refused_request_fails_at_once_with_the_servers_words(service: ChatService) -> None:
-    service.fail = [400]
-    answers = ask(source(service, concurrency=1), 2)
-    assert "told to say 400" in answers["r0"].error
-    assert answers["r1"].finish_reason == "stop"
-    assert service.asked["question 0"] == 1
-
-
-def test_a_field_that_a_server_does_not_know_is_left_out(service: ChatService, caplog: Any) -> None:
-    service.unknown = "return_token_ids"
-    with caplog.at_level(logging.WARNING):
-        answers = ask(source(service, concurrency=1), 2)
-    assert [answers[f"r{n}"].token_ids for n in range(2)] == [None, None]
-    assert caplog.text.count("does not take return_token_ids") == 1
-
-
-def test_keys_models_and_addresses(service: ChatService) -> None:
-    service.key = "secret-key"
-    with pytest.raises(TargetError, match="a key is needed") as refused:
-        source(service, key="wrong-key").describe()
-    assert "wrong-key" not in str(refused.value)
-    assert "secret-key" not in str(source(service, key="secret-key").describe())
-    service.models = ["a", "b"]
-    with pytest.raises(ConfigError, match="serves a, b"):
-        source(service, key="secret-key").describe()
-    assert source(service, key="secret-key", model="b").describe()["model"] == "b"
-    for address in ("host:8000", "ftp://host/v1", "http://u:p@host/v1", "http://host:99999/v1"):
-        with pytest.raises(ConfigError, match="address"):
-            ChatServers(RegenerateSection(servers=[address]), key=None)
-
-
-def test_how_answers_end(service: ChatService) -> None:
-    service.finish_reason = "length"
-    assert ask(source(service))["r0"].finish_reason == "length"
-    service.finish_reason = "content_filter"
-    assert "content_filter" in ask(source(service))["r0"].error
-
-
-def test_an_endless_answer_is_not_read(service: ChatService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_request, "MAX_BODY_BYTES", 100)
-    service.body = b" " * 1000
-    assert "longer than 100 bytes" in ask(source(service, retries=0))["r0"].error
-
-
-def test_servers_that_are_gone_end_the_run_and_come_back() -> None:
-    with serving(ChatService()) as service:
-        servers = source(service, timeout_seconds=0.5, retries=100)
-        servers.describe()
-        port = int(service.address.split(":")[2].split("/")[0])
-    began = time.monotonic()
-    with pytest.raises(TargetError, match="no server answers"):
-        list(servers.answer(requests(3), GenerationSettings()))
-    assert time.monotonic() - began < 10
-    with serving(ChatService(), port=port):
-        assert len(list(servers.answer(requests(3), GenerationSettings()))) == 3
-
-
-def test_requests_may_wait_for_answers(service: ChatService) -> None:
-    seen: list[str] = []
+def test_requests_that_depend_on_answers_are_asked_for_again(service: ChatService) -> None:
+    source, answered = servers(service), list[str]()
 
     def one_after_the_other() -> Iterator[GenerationRequest | None]:
-        for number, request in enumerate(requests(4)):
-            while len(seen) < number:
+        for number in range(5):
+            while len(answered) < number:
                 yield None
-            yield request
+            yield request(number)
 
-    servers = source(service)
-    servers.describe()
-    for answer in servers.answer(one_after_the_other(), GenerationSettings()):
-        seen.append(answer.request_id)
-    assert seen == ["r0", "r1", "r2", "r3"]
+    for answer in source.answer(one_after_the_other(), SETTINGS):
+        answered.append(answer.request_id)
+    source.close()
+    assert answered == ["r0", "r1", "r2", "r3", "r4"]
 
 
-def test_nothing_goes_on_once_nobody_listens(service: ChatService) -> None:
-    service.seconds = 0.05
-    servers = source(service)
-    servers.describe()
-    answers = servers.answer(requests(1000), GenerationSettings())
-    next(answers)
-    answers.close()
-    deadline = time.monotonic() + 10
-    while any(thread.name.startswith("answers") for thread in threading.enumerate()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert sum(service.asked.values()) < 30
+def test_servers_share_the_work_by_what_they_have_in_flight() -> None:
+    with chat_service() as slow, chat_service() as quick:
+
+        def wait(service: ChatService, body: Json) -> tuple[int, Json]:
+            time.sleep(0.3)
+            return 200, complete(body)
+
+        slow.behave = wait
+        assert len(ask(servers(slow, quick), 40)) == 40
+        assert 4 <= len(slow.asked) < len(quick.asked)
+
+
+@pytest.mark.parametrize("trouble", [429, 500, 503, b"not json", {"choices": []}, {"choices": [{"message": 3}]}])
+def test_what_a_server_could_not_do_is_tried_again(service: ChatService, trouble: Any) -> None:
+    def fail_twice(service: ChatService, body: Json) -> tuple[int, Any]:
+        if len(service.asked) > 2:
+            return 200, complete(body)
+        return (trouble, {"error": {"message": "busy"}}) if isinstance(trouble, int) else (200, trouble)
+
+    service.behave = fail_twice
+    assert ask(servers(service), 1)["r0"].finish_reason == "stop"
+    assert len(service.asked) == 3
+
+
+def test_a_request_that_fails_each_time_is_an_answer_that_says_why(service: ChatService) -> None:
+    service.behave = lambda service, body: (500, {"error": {"message": "out of luck"}})
+    answer = ask(servers(service), 1)["r0"]
+    assert answer.finish_reason == "failed"
+    assert "status 500 out of luck" in answer.error
+    assert len(service.asked) == 4
+
+
+def test_a_request_that_is_refused_is_not_tried_again_but_without_ids(service: ChatService) -> None:
+    service.behave = lambda service, body: (400, {"message": "context length exceeded"})
+    answer = ask(servers(service), 1)["r0"]
+    assert "status 400 context length exceeded" in answer.error
+    assert ["return_token_ids" in body for body in service.asked] == [True, False]
+
+
+def test_a_server_that_knows_no_token_ids_is_asked_without(service: ChatService) -> None:
+    def strict(service: ChatService, body: Json) -> tuple[int, Json]:
+        return (400, {"message": "unknown key"}) if "return_token_ids" in body else (200, complete(body))
+
+    service.behave = strict
+    made = ask(servers(service, concurrency=1), 3)
+    assert {answer.token_ids for answer in made.values()} == {None}
+    assert len(service.asked) == 4
+
+
+def test_cut_answers_and_thoughts_and_calls_are_told_apart(service: ChatService) -> None:
+    call = {"id": "c9", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    replies: list[Callable[[Json], Json]] = [
+        lambda body: complete(body, content="much", finish_reason="length"),
+        lambda body: complete(body, content="so", reasoning_content="hm"),
+        lambda body: complete(body, content=None, finish_reason="tool_calls", tool_calls=[call]),
+        lambda body: complete(body, finish_reason="content_filter"),
+    ]
+    service.behave = lambda service, body: (200, replies[int(body["messages"][0]["content"].split()[1])](body))
+    made = ask(servers(service), 4)
+    assert [made[f"r{n}"].finish_reason for n in range(4)] == ["length", "stop", "calls", "failed"]
+    assert (made["r1"].thought, made["r1"].content) == ("hm", "so")
+    assert made["r2"].tool_calls == [call]
+    assert "content_filter" in made["r3"].error
+
+
+def test_a_server_that_dies_is_left_out_and_comes_back() -> None:
+    with chat_service() as steady:
+        mortal = ChatService()
+
+        def slowly(service: ChatService, body: Json) -> tuple[int, Json]:
+            time.sleep(0.02)
+            return 200, complete(body)
+
+        steady.behave = mortal.behave = slowly
+        source = servers(steady, mortal)
+        wanted = iter([request(number) for number in range(300)])
+        made, heir = [], None
+        for answer in source.answer(wanted, SETTINGS):
+            made.append(answer)
+            if len(made) == 50:
+                mortal.die()
+            if len(made) == 100:
+                heir = ChatService(mortal.port)
+        source.close()
+        assert {answer.finish_reason for answer in made} == {"stop"}
+        assert len(made) == 300
+        assert heir is not None
+        assert heir.asked, "it was asked again once it was back"
+        heir.die()
+
+
+def test_when_no_server_is_left_the_work_ends_and_says_so() -> None:
+    service = ChatService()
+    source = servers(service, timeout_seconds=0.5)
+    source.describe()
+    service.die()
+    with pytest.raises(TargetError, match="no server has answered for"):
+        ask(source, 3)
+
+
+def test_a_server_that_says_nothing_does_not_hold_anybody_up(service: ChatService) -> None:
+    let_go = threading.Event()
+
+    def hang(service: ChatService, body: Json) -> tuple[int, Json]:
+        let_go.wait(30)
+        return 200, complete(body)
+
+    service.behave = hang
+    began = time.monotonic()
+    answer = ask(servers(service, timeout_seconds=0.3, retries=1), 1)["r0"]
+    let_go.set()
+    assert "did not answer in time" in answer.error
+    assert time.monotonic() - began < 10
+
+
+def test_a_stop_is_heeded_while_answers_are_awaited(service: ChatService) -> None:
+    stop, let_go = StopSignal(), threading.Event()
+
+    def hang(service: ChatService, body: Json) -> tuple[int, Json]:
+        let_go.wait(30)
+        return 200, complete(body)
+
+    service.behave = hang
+    source = servers(service, stop=stop)
+    threading.Thread(target=lambda: (wait_until(lambda: bool(service.asked)), stop.request("enough"))).start()
+    with pytest.raises(RunStopped):
+        ask(source, 3)
+    let_go.set()
+
+
+def test_keys_and_models_and_addresses(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("s3cret\n")
+    with chat_service(key="s3cret", models=("a", "b")) as service:
+        with pytest.raises(TargetError, match="401 wrong key"):
+            servers(service, model="a").describe()
+        with pytest.raises(TargetError, match="a, b"):
+            servers(service, api_key_file=key).describe()
+        with pytest.raises(TargetError, match="a, b"):
+            servers(service, api_key_file=key, model="c").describe()
+        assert servers(service, api_key_file=key, model="b").describe()["model"] == "b"
+        with pytest.raises(TargetError, match="404"):
+            ChatServers(
+                ServerSettings(addresses=[service.address[:-3]], api_key_file=key), stop=StopSignal()
+            ).describe()
+    for address in ("ftp://host/v1", "host:80", "http://", "http://u:p@host/v1", "http://host:99999/v1"):
+        with pytest.raises(DataError) as refused:
+            ChatServers(ServerSettings(addresses=[address]), stop=StopSignal())
+        assert refused.value.where == "regenerate.servers"
+        assert "u:p" not in str(refused.value)
+    with pytest.raises(DataError, match="key"):
+        ChatServers(ServerSettings(addresses=[], api_key_file=tmp_path / "none"), stop=StopSignal())
+
+
+def test_what_is_asked(service: ChatService) -> None:
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    asked = GenerationRequest("r", turns, tools=tools, arguments={"enable_thinking": False}, seed=5)
+    given = GenerationSettings(temperature=0.5, top_p=0.9, top_k=7, max_tokens=11)
+    body = json.loads(make_body(asked, given, model="m", ask_ids=True))
+    assert body["messages"][0]["tool_calls"][0] == {
+        "id": "call_0",
+        "type": "function",
+        "function": {"name": "f", "arguments": '{"a": 1}'},
+    }
+    told = {key: body[key] for key in body.keys() - {"messages"}}
+    assert told == {
+        **{"model": "m", "temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_tokens": 11, "seed": 5, "stream": False},
+        **{"tools": tools, "chat_template_kwargs": {"enable_thinking": False}, "return_token_ids": True},
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": 3},
+        {"content": "\ud800"},
+        {"reasoning_content": ["x"]},
+        {"tool_calls": "x"},
+        {"tool_calls": [{}]},
+        {"tool_calls": [{"function": {"name": 3}}]},
+        {"token_ids": "abc"},
+        {"token_ids": [-1]},
+        {"token_ids": [2**40]},
+        {"token_ids": [True]},
+        {"prompt_token_ids": [1.5]},
+    ],
+)
+def test_what_contradicts_itself_is_no_answer(change: Json) -> None:
+    body = complete({"messages": [], "model": "m"}, content="x")
+    choice = body["choices"][0]
+    (choice if "token_ids" in change else choice["message"]).update(change)
+    if "prompt_token_ids" in change:
+        body |= change
+    with pytest.raises(ValueError):
+        read_answer("r", body)

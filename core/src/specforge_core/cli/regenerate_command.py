@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``regenerate``: the prompts of a run, answered by its target."""
+"""``regenerate``: answers made by the target."""
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from specforge_core.cli.run_commands import Overrides, RunArgument
 from specforge_core.cli.session import console, messages, open_run
 from specforge_core.cli.text_table import format_table
-from specforge_core.contracts import ConfigError, Split
+from specforge_core.contracts.redaction import redact_message, visible
+
+if TYPE_CHECKING:
+    from specforge_core.run.regenerate import Regenerated
 
 
 def register(app: typer.Typer) -> None:
@@ -23,30 +26,42 @@ def regenerate(
     run: RunArgument,
     overrides: Overrides = None,
     *,
-    split: Annotated[str, typer.Option("--split", help="train: data.train; eval: data.eval.")] = "train",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N rows only.")] = None,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Which of the run's data.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many conversations.")] = None,
 ) -> None:
-    """Let the target answer a run's prompts: a draft learns most from what its target really says.
+    """Have the target answer the run's prompts itself: a draft learns most from what its target really says.
 
-    The questions, tool results and system texts of data.train stay; every answer is made anew, each upon the target's
-    own answers before it (regenerate.turns=last: the last one alone). The target runs in this process, or is asked on
-    servers (regenerate.servers). Killed at any time it goes on where it was; started on several machines with one
-    regenerate.output on a shared mount, they share the work.
+    Reads data.train (or data.eval), keeps every turn that is not an answer, and has each answer made by the target
+    upon its own answers before it (regenerate.turns=last: only the last one). What comes out is a directory that
+    data.train takes, with token ids and masks as they were served where they are known, and a report of what was made,
+    cut and failed.
 
-    The rows that come out are a source: name them in data.train of the run that trains.
+    The target answers in this process, or on servers that speak the OpenAI chat API (regenerate.servers). Killed at
+    any time, the same command goes on and asks nothing again that was recorded; started on several machines that share
+    the output directory, it shares the work.
 
-    Example: specforge regenerate run.yaml regenerate.servers=[http://host:8000/v1] regenerate.concurrency=256
+    \b
+    Examples:
+      specforge regenerate run.yaml
+      specforge regenerate run.yaml --limit 50 regenerate.max_tokens=256
+      specforge regenerate run.yaml 'regenerate.servers=[http://gpu1:8000/v1, http://gpu2:8000/v1]' \\
+        regenerate.concurrency=256 regenerate.thinking=mixed regenerate.temperature=0.7
+      specforge run run.yaml 'data.train=[runs/mine/regenerated/train]'
     """
-    if split not in ("train", "eval"):
-        raise ConfigError(f"there is no split {split!r}", where="--split", hint="train or eval")
     with open_run(ctx.obj, run, overrides or [], threads_of="capture") as opened:
-        from specforge_core.prompts.regeneration.dialogue import ENDINGS
-        from specforge_core.run.regenerate import regenerate as make
+        from specforge_core.run.regenerate import regenerate as make_answers
 
-        made = make(opened, cast("Split", split), limit=limit)
-    rows = [(str(count), ENDINGS[name]) for name, count in made.endings.items()]
-    if made.unusable:
-        rows.append((str(made.unusable), "rows that are no conversation with an answer, and are left out"))
-    console.print(format_table(("", "what became of them"), rows), markup=False, highlight=False, soft_wrap=True)
-    by = ", ".join(f"{name} {value}" for name, value in made.answered_by.items())
-    messages.print(f"answered by: {by}\nrows: {made.rows}", markup=False, highlight=False, soft_wrap=True)
+        made = make_answers(opened, split, limit=limit)
+    show_report(made)
+    text = f"next: specforge run {run} 'data.{split}=[{made.directory}]'"
+    messages.print(redact_message(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_report(made: Regenerated) -> None:
+    """Print what was made as a table."""
+    from specforge_core.prompts.regeneration.regenerated_set import report_table
+
+    rows = [(visible(redact_message(what)), count) for what, count in report_table(made.report)]
+    table = format_table(("answers made by the target", ""), rows)
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{made.directory}", markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from specforge_core.config.sections import Section
 
@@ -194,6 +194,12 @@ class RegenerateSection(Section):
         "template", description="template: as the chat template does by itself; mixed: on for half of the conversations"
     )
     batch_size: int = Field(32, ge=1, description="answers that an engine in this process makes at once")
+
+    @field_validator("thinking", mode="before")
+    @classmethod
+    def _as_yaml_reads_it(cls, value: object) -> object:
+        """YAML reads on and off without quotes as true and false."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class BenchSection(Section):

@@ -75,8 +75,16 @@ class AnswerSource(Protocol):
         """How many requests it wants at once."""
         ...
 
+    @property
+    def answers_together(self) -> bool:
+        """Whether an answer's bits depend on what is answered at the same time, and on nothing else.
+
+        Requests that were asked together are then asked together again after a kill, so that they are answered alike.
+        """
+        ...
+
     def describe(self) -> Mapping[str, str]:
-        """Who answers: model, version, address. It goes into the manifest of what was made.
+        """Who answers: ``model``, and versions. It goes into the manifest of what was made.
 
         :raises TargetError: nobody does.
         """
@@ -87,6 +95,8 @@ class AnswerSource(Protocol):
     ) -> Iterator[GeneratedAnswer]:
         """An answer for each request, in the order in which they are done.
 
+        An engine that gives ``token_ids`` may leave text, thought and calls to the caller.
+
         :param requests: taken one by one as there is room. None says that the next one depends on an answer that is
             in flight: ask again after one was given. A request that fails for good is an answer too.
 
@@ -94,4 +104,6 @@ class AnswerSource(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give back connections. Idempotent."""
+        ...

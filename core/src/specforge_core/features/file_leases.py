@@ -40,10 +40,12 @@ class FileLeases(LeaseDesk):
     """Thread-safe; several in one process are as good as several processes.
 
     :param timeout_seconds: a holder is passed over once its heartbeat stood still for so long, whoever has its lock.
+    :param owner_suffix: of the file that each holder keeps open, named for it.
     """
 
-    def __init__(self, directory: Path, *, timeout_seconds: float) -> None:
+    def __init__(self, directory: Path, *, timeout_seconds: float, owner_suffix: str = WRITER_SUFFIX) -> None:
         self._directory = directory
+        self._owner_suffix = owner_suffix
         self._timeout_seconds = timeout_seconds
         self._log = SharedLog(directory / _LOG_NAME, lock_seconds=_LOCK_SECONDS)
         self._book = LeaseBook()
@@ -96,7 +98,7 @@ class FileLeases(LeaseDesk):
 
     def _take(self, holder: str) -> Lease | None:
         if self._is_gone(holder, domain=""):
-            where = str(self._directory / (holder + WRITER_SUFFIX))
+            where = str(self._directory / (holder + self._owner_suffix))
             raise ChannelError("only an open writer can hold a lease", where=where)
         others = [other for other in self._book.holders if other != holder]
         gone = [other for other in others if self._is_gone(other, domain=self._domains[other]) or self._stalls(other)]
@@ -111,7 +113,7 @@ class FileLeases(LeaseDesk):
     def _is_gone(self, holder: str, *, domain: str) -> bool:
         """Whether the holder's process, or just its writer, ended."""
         if holder not in self._watches:
-            path = self._directory / (holder + WRITER_SUFFIX)
+            path = self._directory / (holder + self._owner_suffix)
             if not path.exists():
                 return True
             self._watches[holder] = OwnerWatch(OwnerView(FollowedFile(path)), timeout_seconds=self._timeout_seconds)

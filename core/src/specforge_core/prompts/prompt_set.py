@@ -128,6 +128,12 @@ class PromptSet(Sequence[Prompt]):
         return str(self.manifest["fingerprint"])
 
     @property
+    def origins(self) -> list[dict[str, str]]:
+        """Where its sources came from, as far as they say so: commits of the hub, settings of a regeneration."""
+        found = [source["origin"] for source in self.manifest["sources"] if isinstance(source.get("origin"), dict)]
+        return [dict(origin) for number, origin in enumerate(found) if origin not in found[:number]]
+
+    @property
     def report(self) -> list[dict[str, Any]]:
         """What was counted of each source (``report``); empty where prompts were at hand."""
         return list(self.manifest["report"])

@@ -116,7 +116,10 @@ class Run:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        return describe_run(self.plan.resolved(), self.plan.provenance, prompts=self.prompts("train").fingerprint)
+        prompts = self.prompts("train")
+        return describe_run(
+            self.plan.resolved(), self.plan.provenance, prompts=prompts.fingerprint, origins=prompts.origins
+        )
 
     @cached_property
     def checkpoint_reader(self) -> CheckpointReader:

@@ -80,10 +80,13 @@ def write_export(run: Run, trained: TrainedDraft, *, format: str | None, overwri
             hint=f"choose one of: {', '.join(formats)}",
         )
     chosen = format or formats[0]
+    prompts = run.prompts("train")
+    made_on = {"prompts": prompts.fingerprint, **({"origins": prompts.origins} if prompts.origins else {})}
+    parts = {"strategy": run.plan.strategy.name, "step": trained.step, "plugins": run.plan.provenance}
     plan = ExportPlan(
         directory=run.directory.export(chosen),
         format=chosen,
-        provenance={"strategy": run.plan.strategy.name, "step": trained.step, "plugins": run.plan.provenance},
+        provenance={**parts, **made_on},
         overwrite=overwrite,
     )
     return export_draft(run.strategy, trained.draft, run.frozen_source(), plan=plan)

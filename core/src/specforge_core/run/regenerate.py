@@ -1,281 +1,290 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers made by the target: who answers, who has which conversation, and where it all goes.
+"""Regenerating a split of a run's data: what is set up for the loop, shared with other processes, and put together.
 
-Any number of processes, on any machines that reach the output directory, share the work: conversations are leased in
-batches over the same desk as capture's, so that what a dead process had goes to the others. What one made is in its
-journal; the process that finds everything made writes ``rows.jsonl``, the manifest and the report, and tidies up.
+Work lies in ``.NAME.partial`` beside the output until every conversation is recorded; then one process puts the set
+together, and the directory with the work goes.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from specforge_core.config.run_config import RunConfig
 from specforge_core.contracts import (
     AnswerSource,
     CaptureBatch,
     ChannelError,
-    ConfigError,
+    ChatTokenizer,
     DataError,
     GenerationSettings,
-    Lease,
-    LeaseDesk,
-    PartContext,
+    Progress,
     Split,
-    TargetEngine,
 )
-from specforge_core.contracts.files import read_json_object
-from specforge_core.features.file_channel import FileChannel
-from specforge_core.hooks.builtin import FileChannelConfig
+from specforge_core.contracts.files import make_directory, read_json_object, refuse_link
+from specforge_core.features.file_leases import FileLeases
 from specforge_core.prompts.directory_lock import locked
-from specforge_core.prompts.reading.sources import find_files
-from specforge_core.prompts.regeneration.dialogue import Dialogue, count_endings
-from specforge_core.prompts.regeneration.journal import ROWS_FILE, Journal, Journals
-from specforge_core.prompts.regeneration.loop import RegenerationLoop
+from specforge_core.prompts.reading.sources import SourceFile, find_files
+from specforge_core.prompts.regeneration.asked_prompts import AskedPrompts, batches_of, write_asked
+from specforge_core.prompts.regeneration.asking import Asker, AskingRules
+from specforge_core.prompts.regeneration.chat_servers import ChatServers, ServerSettings
+from specforge_core.prompts.regeneration.loop import Regeneration, RegenerationParts
+from specforge_core.prompts.regeneration.regenerated_set import (
+    find_changes,
+    fingerprint_of,
+    read_manifest,
+    read_report,
+    write_set,
+)
 from specforge_core.prompts.set_origin import describe_sources
+from specforge_core.run.answer_log import ANSWERS_SUFFIX, AnswerFile, RecordedAnswers
 from specforge_core.run.assemble import Run
 from specforge_core.run.directory import write_json
-from specforge_core.run.regeneration_rows import RegenerationRows
 from specforge_core.run.wires import process_name
 
-_WORK = ".work"
-_BATCH = 16
-"""Conversations leased together: seconds of work, so that a death costs little and the desk's log stays short."""
-_WAIT_SECONDS = 0.5
+_WORK_FILE, _SET = "work.json", "set"
+_SERVED_LEASE = 16
+"""Conversations of a lease where servers answer: so many that leases cost little, so few that all share the rest."""
+_TIMEOUT_SECONDS = 60.0
+"""A process silent for longer is taken for dead where its lock is not seen."""
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What was made, all processes together.
+class Regenerated:
+    """A set that is there, and what was made for it."""
 
-    :param endings: conversations by how they ended (``dialogue.ENDINGS``).
-    :param unusable: rows that are no conversation, or could not be read.
+    directory: Path
+    report: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be done, and where it lies.
+
+    :param most: only the first so many conversations.
     """
 
-    rows: Path
-    conversations: int
-    endings: Mapping[str, int]
-    unusable: int
-    answered_by: Mapping[str, str]
+    run: Run
+    split: Split
+    most: int | None
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.plan.config
+
+    @property
+    def output(self) -> Path:
+        return (self.config.regenerate.output or self.run.directory.root / "regenerated") / self.split
+
+    @property
+    def work(self) -> Path:
+        return self.output.parent / f".{self.output.name}.partial"
 
 
-def regenerate(run: Run, split: Split, *, limit: int | None = None) -> Made:
-    """Answer a split's prompts; what was made before, with the same settings, stays.
+def regenerate(run: Run, split: Split, *, limit: int | None = None) -> Regenerated:
+    """Have the target answer the conversations of a split, with whoever else does; or find that it has.
 
-    :param limit: only the first so many rows.
-    :raises ConfigError: the output holds answers that were made otherwise.
-    :raises TargetError: nobody answers.
+    :param limit: only the first so many conversations.
+    :raises SpecForgeError: what went wrong. What was recorded stays, and the same call goes on from there.
     """
-    work = _Regeneration(run, split, limit)
-    manifest = work.manifest()
-    if manifest is None:
+    job, progress = _Job(run, split, limit), run.progress("regenerate")
+    config = job.config
+    files = find_files(config.data.train if split == "train" else config.data.eval)
+    tokenizer = run.prompts.tokenizer()
+    with closing(_open_source(job, tokenizer)) as source:
+        description = _describe(job, files, tokenizer, source)
+        asker = Asker(tokenizer, _asking_rules(job, in_tokens=not config.regenerate.servers))
+        with locked(job.output, progress=progress):
+            if _is_done(job, description):
+                return _finished(job)
+            _set_up(job, files, description)
         try:
-            work.make()
+            _work(job, source, asker, description=description, progress=progress)
         except (ChannelError, OSError):
-            if work.manifest() is None:  # otherwise another process finished meanwhile, and tidied up
+            if read_manifest(job.output) is None:  # another process may have put it together, and removed the work
                 raise
-        manifest = work.finish()
-    return Made(
-        rows=work.output / ROWS_FILE,
-        conversations=manifest["conversations"],
-        endings=manifest["endings"],
-        unusable=manifest["unusable"],
-        answered_by=manifest["answered_by"],
+        with locked(job.output, progress=progress):
+            if not _is_done(job, description):
+                _put_together(job, description)
+    return _finished(job)
+
+
+def _open_source(job: _Job, tokenizer: ChatTokenizer) -> AnswerSource:
+    section = job.config.regenerate
+    if section.servers:
+        settings = ServerSettings(
+            addresses=tuple(section.servers),
+            model=section.model,
+            api_key_file=section.api_key_file,
+            concurrency=section.concurrency,
+            timeout_seconds=section.timeout_seconds,
+            retries=section.retries,
+        )
+        return ChatServers(settings, stop=job.run.stop)
+    return job.run.engine.answers(tokenizer, batch_size=section.batch_size)
+
+
+def _sampling(job: _Job) -> GenerationSettings:
+    section = job.config.regenerate
+    return GenerationSettings(
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        seed=job.config.run.seed,
+        max_tokens=section.max_tokens,
     )
 
 
-class _Regeneration:
-    def __init__(self, run: Run, split: Split, limit: int | None):
-        self._run, self._split, self._limit = run, split, limit
-        self._settings = run.plan.config.regenerate
-        data = run.plan.config.data
-        self._files = find_files(data.train if split == "train" else data.eval)
-        base = self._settings.output or run.directory.root / "regenerated"
-        self.output = base / split
-        self.manifest_file = base / f"{split}.manifest.json"  # beside the rows, whose directory is a source
-        self.journals = Journals(self.output / _WORK)
-        self.rows = RegenerationRows(run.plan.config, self._files, tokenizer=run.prompts.tokenizer, limit=limit)
+def _asking_rules(job: _Job, *, in_tokens: bool) -> AskingRules:
+    config = job.config
+    return AskingRules(
+        seed=config.run.seed,
+        thinking=config.regenerate.thinking,
+        arguments=config.data.template_arguments,
+        date=config.data.date,
+        in_tokens=in_tokens,
+    )
 
-    @cached_property
-    def _source(self) -> AnswerSource:
-        if self._settings.servers:
-            from specforge_core.prompts.regeneration.chat_servers import ChatServers
 
-            return ChatServers(self._settings, key=_read_key(self._settings.api_key_file))
-        engine: TargetEngine = self._run.engine
-        return engine.answers(self.rows.tokenizer, batch_size=self._settings.batch_size)
+def _describe(job: _Job, files: list[SourceFile], tokenizer: ChatTokenizer, source: AnswerSource) -> dict[str, Any]:
+    """All that decides what is made, and how the work is cut: two processes that share it have the same."""
+    config, section = job.config, job.config.regenerate
+    sources = [[entry["name"], entry["sha256"]] for entry in describe_sources(files, job.output)]
+    data = config.data.model_dump(mode="json", include={"mapping", "template_arguments", "date", "on_bad_row"})
+    made = section.model_dump(mode="json", include={"turns", "temperature", "top_p", "top_k", "max_tokens", "thinking"})
+    return {
+        "sources": sources,
+        "most": job.most,
+        **data,
+        **made,
+        "seed": config.run.seed,
+        "tokenizer": tokenizer.fingerprint,
+        "engine": "servers" if section.servers else job.run.plan.target_engine.name,
+        "model": source.describe()["model"],
+        "lease": section.batch_size if source.answers_together else _SERVED_LEASE,
+    }
 
-    @cached_property
-    def key(self) -> dict[str, Any]:
-        """What decides the answers: the same key, the same answers where they are greedy."""
-        data = self._run.plan.config.data
-        excluded = {"output", "servers", "api_key_file", "concurrency", "timeout_seconds", "retries", "batch_size"}
-        sources = describe_sources(self._files, self.output)
-        return {
-            "settings": self._settings.model_dump(mode="json", exclude=excluded),
-            "template_arguments": data.template_arguments,
-            "mapping": data.mapping,
-            "date": data.date.isoformat(),
-            "seed": self._run.plan.config.run.seed,
-            "sources": [(entry["name"], entry["sha256"]) for entry in sources],
-            "target": self._run.plan.info.name_or_path,
-            "limit": self._limit,
-        }
 
-    def manifest(self) -> dict[str, Any] | None:
-        """What was finished before with the same key; None if nothing was.
+def _is_done(job: _Job, description: Mapping[str, Any]) -> bool:
+    """Whether the set is there.
 
-        :raises ConfigError: it was made otherwise.
-        """
-        key = json.loads(json.dumps(self.key))
-        for path, finished in ((self.manifest_file, True), (self.output / _WORK / "key.json", False)):
-            if not path.exists():
-                continue
-            found = _read_json(path)
-            known = found.get("key") if finished else found
-            if known != key:
-                differing = [name for name in key if not isinstance(known, dict) or known.get(name) != key[name]]
-                raise ConfigError(
-                    f"holds answers that were made otherwise: {', '.join(differing)} differ",
-                    where=str(self.output),
-                    hint="name another regenerate.output, or delete the directory",
-                )
-            return found if finished else None
-        return None
+    :raises DataError: one is there that was made otherwise.
+    """
+    manifest = read_manifest(job.output)
+    if manifest is None:
+        if job.output.exists() and any(job.output.iterdir()):
+            raise DataError("holds other files", where=str(job.output), hint="choose another regenerate.output")
+        return False
+    if manifest["fingerprint"] != fingerprint_of(description):
+        _refuse_other(job.output, "answers that were made", manifest["settings"], description)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return True
 
-    def make(self) -> None:
-        """This process's share, beside others'."""
-        run = self._run
-        if self._settings.thinking != "template":
-            _ = self.rows.switch
-        answered_by = self._source.describe()
-        (self.output / _WORK).mkdir(parents=True, exist_ok=True)
-        write_json(self.output / _WORK / "key.json", self.key)
-        write_json(self.output / _WORK / "answered_by.json", answered_by)
-        progress = run.progress("regenerate")
-        name = process_name()
-        channel = FileChannel(
-            FileChannelConfig(name="file", path=self.output / _WORK / "leases"),
-            PartContext(run_id=run.plan.run_id, directory=self.output / _WORK),
-        )
-        writer = channel.writer(name)
-        desk = channel.leases()
+
+def _set_up(job: _Job, files: list[SourceFile], description: Mapping[str, Any]) -> None:
+    """Write down what is to be answered, unless that was done; call with the lock.
+
+    :raises DataError: answers of other settings are being made there.
+    """
+    path = job.work / _WORK_FILE
+    if not path.exists():
+        refuse_link(job.work)
+        shutil.rmtree(job.work, ignore_errors=True)
+        make_directory(job.work)
         try:
-            with Journal(self.output / _WORK, name) as journal:
-                claims = _LeasedConversations(self, desk, name)
-                claims.offer()
-                progress.begin("answers", claims.total)
-                progress.advance(len(self.journals.endings))
-                RegenerationLoop(
-                    source=self._source,
-                    settings=self._generation_settings(),
-                    claims=claims,
-                    journal=journal,
-                    ask=self.rows.request,
-                    progress=progress,
-                    stop=run.stop,
-                ).run()
-        finally:
-            desk.close()
-            writer.close()
-            self._source.close()
-
-    def finish(self) -> dict[str, Any]:
-        """Everything is made: the journals become rows, whichever process comes first."""
-        with locked(self.output, progress=self._run.progress("regenerate")):
-            finished = self.manifest()
-            if finished is not None:
-                shutil.rmtree(self.output / _WORK, ignore_errors=True)  # this process may have written there since
-                return finished
-            self.journals.refresh()
-            places, unusable = self.rows.scan()
-            missing = [place for place in places if place not in self.journals.endings]
-            if missing:
-                raise DataError(
-                    f"{len(missing)} conversations are missing", where=str(self.output), hint="run it again"
-                )
-            digest = self.journals.merge(self.output / ROWS_FILE)
-            endings = list(self.journals.endings.values())
-            work = self.output / _WORK
-            manifest = {
-                "key": json.loads(json.dumps(self.key)),
-                "answered_by": _read_json(work / "answered_by.json"),
-                "conversations": len(endings),
-                "endings": count_endings(endings),
-                "unusable": unusable,
-                "rows_sha256": digest,
-            }
-            write_json(self.manifest_file, manifest)
-            shutil.rmtree(work, ignore_errors=True)
-            return manifest
-
-    def _generation_settings(self) -> GenerationSettings:
-        settings = self._settings
-        return GenerationSettings(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=self._run.plan.config.run.seed,
-            max_tokens=settings.max_tokens,
-        )
+            skipped = write_asked(files, job.work, settings=job.config.data, most=job.most)
+        except BaseException:
+            shutil.rmtree(job.work, ignore_errors=True)
+            raise
+        write_json(path, {"description": dict(description), "skipped": dict(skipped)})
+        return
+    recorded = _read_work(job)["description"]
+    if recorded != description:
+        _refuse_other(job.work, "unfinished answers", recorded, description)
 
 
-class _LeasedConversations:
-    """Batches of rows over a desk of leases."""
+def _read_work(job: _Job) -> dict[str, Any]:
+    path = job.work / _WORK_FILE
 
-    def __init__(self, work: _Regeneration, desk: LeaseDesk, holder: str):
-        self._work, self._desk, self._holder = work, desk, holder
-        self._leases: dict[frozenset[int], Lease] = {}
-        self.total = 0
+    def refuse(reason: str) -> DataError:
+        return DataError(f"cannot be read: {reason}", where=str(path), hint="delete the directory")
 
-    def offer(self) -> None:
-        """Offer what was not made."""
-        places, _ = self._work.rows.scan()
-        self.total = len(places)
-        self._work.journals.refresh()
-        missing = sorted({place // _BATCH for place in places if place not in self._work.journals.endings})
-        self._desk.offer(
-            [CaptureBatch(split="train", epoch=0, first=number * _BATCH, count=_BATCH) for number in missing]
-        )
+    return read_json_object(path, refuse=refuse)
 
-    def take(self, *, wait: bool) -> Sequence[tuple[int, Dialogue]] | None:
-        lease = self._desk.take(self._holder, _WAIT_SECONDS if wait else 0.0)
-        if lease is None:
-            return None
-        self._work.journals.refresh()
-        made = self._work.journals.endings
-        batch = [
-            (place, dialogue)
-            for place, dialogue in self._work.rows.dialogues(lease.batch.first, lease.batch.count)
-            if place not in made
+
+def _refuse_other(place: Path, what: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    raise DataError(
+        f"holds {what} with other settings: {'; '.join(find_changes(there, here)) or 'the manifest was altered'}",
+        where=str(place),
+        hint="choose another regenerate.output, or delete the directory",
+    )
+
+
+def _work(
+    job: _Job,
+    source: AnswerSource,
+    asker: Asker,
+    *,
+    description: Mapping[str, Any],
+    progress: Progress,
+) -> None:
+    with ExitStack() as opened:
+        asked = opened.enter_context(closing(AskedPrompts(job.work)))
+        name, who = process_name(), source.describe()
+        log = AnswerFile(job.work, name, count=len(asked), answered_by=who, timeout_seconds=_TIMEOUT_SECONDS)
+        opened.callback(log.close)
+        desk = FileLeases(job.work, timeout_seconds=_TIMEOUT_SECONDS, owner_suffix=ANSWERS_SUFFIX)
+        opened.callback(desk.close)
+        fingerprint = fingerprint_of(description)
+        log.all.refresh()
+        batches = [
+            CaptureBatch(split=job.split, epoch=0, first=first, count=count, fingerprint=fingerprint)
+            for first, count in batches_of(len(asked), description["lease"])
+            if len(log.all.known(first, count)) < count
         ]
-        if not batch:
-            self._desk.finish(lease)
-            return None
-        self._leases[frozenset(place for place, _ in batch)] = lease
-        return batch
-
-    def finish(self, places: Sequence[int]) -> None:
-        self._desk.finish(self._leases.pop(frozenset(places)))
-
-    @property
-    def exhausted(self) -> bool:
-        return not self._desk.outstanding()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path, refuse=lambda reason: DataError(reason, where=str(path), hint="delete the directory"))
+        desk.offer(batches)
+        progress.begin("regenerating", len(asked))
+        progress.advance(len(asked) - sum(batch.count for batch in batches))  # the rest as its leases are taken
+        parts = RegenerationParts(
+            source=source,
+            asker=asker,
+            asked=asked,
+            desk=desk,
+            holder=name,
+            log=log,
+            settings=_sampling(job),
+            turns=job.config.regenerate.turns,
+        )
+        Regeneration(parts, progress=progress, stop=job.run.stop).run()
 
 
-def _read_key(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("cannot be read", where=f"regenerate.api_key_file {path}", hint="check the file") from error
+def _put_together(job: _Job, description: Mapping[str, Any]) -> None:
+    """Make the set of what was recorded, and visible; call with the lock."""
+    with closing(AskedPrompts(job.work)) as asked:
+        recorded = RecordedAnswers(job.work, len(asked))
+    with closing(recorded):
+        if missing := recorded.missing():
+            raise DataError(
+                f"{missing} conversations are not recorded", where=str(job.work), hint="run the same command again"
+            )
+        shutil.rmtree(job.work / _SET, ignore_errors=True)
+        write_set(
+            job.work / _SET,
+            recorded.conversations(),
+            description=description,
+            answered_by=recorded.answered_by(),
+            skipped=Counter(_read_work(job)["skipped"]),
+        )
+    if job.output.exists():
+        job.output.rmdir()  # empty: looked at before
+    (job.work / _SET).rename(job.output)
+    shutil.rmtree(job.work, ignore_errors=True)
+
+
+def _finished(job: _Job) -> Regenerated:
+    return Regenerated(job.output, read_report(job.output))

@@ -1,37 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers of a transformers model in this process: batches of prompts, one token for each at a time.
+"""The target's own answers, made in batches with a key-value cache, each token chosen as the request says.
 
-Prompts of a batch are padded at the left and masked; a finished row waits for the others. Shapes: B batch, T tokens,
-V vocabulary.
+Prompts are padded at the left. Answers that have ended leave the batch once they are half of it, so that the last long
+one does not pay for all. Greedily, a batch gives the same answers each time; another batch may differ where two tokens
+are equally likely to rounding.
+
+Shapes: B answers that go on, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
-from specforge_core.contracts import (
-    AnswerSource,
-    ChatTokenizer,
-    GeneratedAnswer,
-    GenerationRequest,
-    GenerationSettings,
-    TargetInfo,
-)
+from specforge_core.contracts import GeneratedAnswer, GenerationRequest, GenerationSettings, TargetInfo
 from torch import Tensor, nn
 
 from specforge_hf_target.model_files import running
 
 
-class HfAnswers(AnswerSource):
-    """Greedy or sampled answers. What is sampled depends on a request's seed, not on its batch."""
+@dataclass(slots=True)
+class _Answer:
+    """One answer on its way.
 
-    def __init__(self, model: nn.Module, info: TargetInfo, tokenizer: ChatTokenizer, *, batch_size: int):
-        self._model = model
+    :param most: tokens it may have.
+    """
+
+    request: GenerationRequest
+    most: int
+    token_ids: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+
+class HfAnswers:
+    """An ``AnswerSource`` over a model that is loaded when the first request comes."""
+
+    answers_together = True
+
+    def __init__(
+        self, load: Callable[[], nn.Module], info: TargetInfo, *, stop_token_ids: Collection[int], batch_size: int
+    ):
+        self._load = load
         self._info = info
-        self._tokenizer = tokenizer
-        self._stops = sorted(tokenizer.stop_token_ids or info.eos_token_ids)
+        self._stop = frozenset(stop_token_ids)
         self._batch_size = batch_size
 
     @property
@@ -39,120 +56,154 @@ class HfAnswers(AnswerSource):
         return self._batch_size
 
     def describe(self) -> Mapping[str, str]:
-        import transformers
-
-        versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-        return {"model": self._info.name_or_path, "engine": "transformers in this process", **versions}
+        return {
+            "engine": "hf",
+            "model": f"{self._name()} {self._info.dtype}",
+            "transformers": version("transformers"),
+            "torch": torch.__version__,
+        }
 
     def answer(
         self, requests: Iterable[GenerationRequest | None], settings: GenerationSettings
     ) -> Iterator[GeneratedAnswer]:
         waiting = iter(requests)
-        while batch := _take(waiting, self._batch_size):
-            yield from self._answer_batch(batch, settings)
+        while batch := list(islice(iter(lambda: next(waiting, None), None), self._batch_size)):
+            fitting = []
+            for request in batch:
+                problem = self._find_problem(request)
+                if problem:
+                    yield GeneratedAnswer(request.request_id, "failed", error=problem)
+                else:
+                    fitting.append(self._begin(request, settings))
+            if fitting:
+                with running(self._info), torch.no_grad():
+                    _Batch(self._load(), fitting, settings, stop=self._stop).run()
+            yield from map(self._finished, fitting)
+
+    def _name(self) -> str:
+        """The model's name, or its directory's, wherever that lies on this machine."""
+        name = self._info.name_or_path
+        return Path(name).resolve().name if Path(name).exists() else name
 
     def close(self) -> None:
-        """Nothing of its own; the engine keeps the model."""
+        """The engine's model stays."""
 
-    def _answer_batch(
-        self, batch: Sequence[GenerationRequest], settings: GenerationSettings
-    ) -> Iterator[GeneratedAnswer]:
-        most = self._info.max_position_embeddings or (1 << 62)
-        fitting = [request for request in batch if len(request.input_ids) + settings.max_tokens <= most]
-        for request in batch:
-            if request not in fitting:
-                yield GeneratedAnswer(
-                    request.request_id,
-                    "failed",
-                    error=f"{len(request.input_ids)} tokens of prompt and {settings.max_tokens} of answer are more "
-                    f"than the target's {most}",
-                )
-        if not fitting:
-            return
-        made = self._decode(fitting, settings)
-        for request, token_ids in zip(fitting, made, strict=True):
-            ended = bool(token_ids) and token_ids[-1] in self._stops
-            yield GeneratedAnswer(
-                request.request_id,
-                "stop" if ended else "length",
-                content=self._tokenizer.decode(token_ids[:-1] if ended else token_ids),
-                prompt_ids=list(request.input_ids),
-                token_ids=token_ids,
-                usage={"prompt_tokens": len(request.input_ids), "completion_tokens": len(token_ids)},
-            )
+    def _find_problem(self, request: GenerationRequest) -> str:
+        """Why a prompt cannot be answered: a token id beyond the embedding ends the process on some devices."""
+        ids = request.input_ids
+        if not ids:
+            return "the prompt has no tokens"
+        if min(ids) < 0 or max(ids) >= self._info.vocab_size:
+            return f"the prompt has token id {max(ids)}, the target's vocabulary {self._info.vocab_size} tokens"
+        if len(ids) >= self._info.max_position_embeddings:
+            return f"the prompt is as long as the target's context, {self._info.max_position_embeddings} tokens"
+        return ""
 
-    @torch.no_grad()
-    def _decode(self, batch: Sequence[GenerationRequest], settings: GenerationSettings) -> list[list[int]]:
+    def _begin(self, request: GenerationRequest, settings: GenerationSettings) -> _Answer:
+        room = self._info.max_position_embeddings - len(request.input_ids)
+        answer = _Answer(request, min(settings.max_tokens, room))
+        if settings.temperature > 0:
+            answer.generator = torch.Generator().manual_seed(request.seed)
+        return answer
+
+    def _finished(self, answer: _Answer) -> GeneratedAnswer:
+        ended = bool(answer.token_ids) and answer.token_ids[-1] in self._stop
+        return GeneratedAnswer(
+            answer.request.request_id,
+            "stop" if ended else "length",
+            prompt_ids=answer.request.input_ids,
+            token_ids=answer.token_ids,
+            usage={"prompt_tokens": len(answer.request.input_ids), "completion_tokens": len(answer.token_ids)},
+        )
+
+
+class _Batch:
+    """Answers that are made together."""
+
+    def __init__(
+        self, model: nn.Module, answers: Sequence[_Answer], settings: GenerationSettings, *, stop: Collection[int]
+    ) -> None:
         from transformers import DynamicCache
 
-        device = next(self._model.parameters()).device
-        ids_BT, mask_BT = _pad_left([request.input_ids for request in batch])
-        ids_BT, mask_BT = ids_BT.to(device), mask_BT.to(device)
-        generators = [torch.Generator().manual_seed(request.seed) for request in batch]
-        cache, made = DynamicCache(), [list[int]() for _ in batch]
-        left = set(range(len(batch)))
-        for _ in range(settings.max_tokens):
-            positions_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
-            with running(self._info):
-                logits_BV = self._model(
-                    input_ids=ids_BT,
-                    attention_mask=mask_BT,
-                    position_ids=positions_BT,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
-            chosen = _choose(logits_BV.float().cpu(), settings, generators)
-            for row in list(left):
-                made[row].append(chosen[row])
-                if chosen[row] in self._stops:
-                    left.discard(row)
-            if not left:
-                break
-            ids_BT = torch.tensor(chosen, device=device)[:, None]
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(batch), 1)], dim=1)
-        return made
+        self._model = model
+        self._settings = settings
+        self._stop = stop
+        self._device = next(model.parameters()).device
+        self._cache = DynamicCache(config=model.config)
+        knows = "logits_to_keep" in inspect.signature(model.forward).parameters  # a model's own code may not
+        self._last_only = {"logits_to_keep": 1} if knows else {}
+        self._rows: list[_Answer | None] = list(answers)
+        longest = max(len(answer.request.input_ids) for answer in answers)
+        self._input_BT = torch.zeros(len(answers), longest, dtype=torch.int64)
+        self._mask_BT = torch.zeros(len(answers), longest, dtype=torch.int64)
+        for row, answer in enumerate(answers):
+            ids = torch.tensor(answer.request.input_ids)
+            self._input_BT[row, longest - len(ids) :] = ids
+            self._mask_BT[row, longest - len(ids) :] = 1
+        self._position_BT = (self._mask_BT.cumsum(-1) - 1).clamp(min=0)
+
+    def run(self) -> None:
+        """Extend the answers until each ended or has its most tokens."""
+        while any(self._rows):
+            logits_BV = self._forward()
+            chosen_B = self._choose(logits_BV)
+            for row, (answer, token) in enumerate(zip(self._rows, chosen_B.tolist(), strict=True)):
+                if answer is None:
+                    continue
+                answer.token_ids.append(token)
+                if token in self._stop or len(answer.token_ids) >= answer.most:
+                    self._rows[row] = None
+            self._input_BT = chosen_B[:, None]
+            self._mask_BT = nn.functional.pad(self._mask_BT, (0, 1), value=1)
+            self._position_BT = self._position_BT[:, -1:] + 1
+            if 2 * sum(answer is not None for answer in self._rows) <= len(self._rows):
+                self._drop_ended()
+
+    def _forward(self) -> Tensor:
+        """float32 [B, V] on CPU: what may come next."""
+        output = self._model(
+            input_ids=self._input_BT.to(self._device),
+            attention_mask=self._mask_BT.to(self._device),
+            position_ids=self._position_BT.to(self._device),
+            past_key_values=self._cache,
+            use_cache=True,
+            **self._last_only,
+        )
+        last_BV: Tensor = output.logits[:, -1]
+        return last_BV.float() if self._settings.temperature > 0 else last_BV
+
+    def _choose(self, logits_BV: Tensor) -> Tensor:
+        """int64 [B] on CPU."""
+        if self._settings.temperature == 0:
+            return logits_BV.argmax(-1).cpu()
+        kept_BV = _keep_likely(logits_BV.cpu() / self._settings.temperature, self._settings)
+        chosen_B = kept_BV.argmax(-1)
+        for row, answer in enumerate(self._rows):
+            if answer is not None:
+                probabilities_V = torch.softmax(kept_BV[row], dim=-1)
+                chosen_B[row] = torch.multinomial(probabilities_V, 1, generator=answer.generator)[0]
+        return chosen_B
+
+    def _drop_ended(self) -> None:
+        going = [row for row, answer in enumerate(self._rows) if answer is not None]
+        if not going:
+            return
+        kept = torch.tensor(going)
+        self._rows = [self._rows[row] for row in going]
+        self._cache.batch_select_indices(kept.to(self._device))
+        self._input_BT, self._mask_BT = self._input_BT[kept], self._mask_BT[kept]
+        self._position_BT = self._position_BT[kept]
 
 
-def _take(requests: Iterator[GenerationRequest | None], most: int) -> list[GenerationRequest]:
-    """As many as there are now; empty when there will be no more."""
-    batch: list[GenerationRequest] = []
-    for request in islice(requests, None):
-        if request is None:
-            if batch:
-                return batch
-            continue
-        batch.append(request)
-        if len(batch) == most:
-            break
-    return batch
-
-
-def _pad_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [B, T]."""
-    width = max(map(len, prompts))
-    ids_BT = torch.zeros(len(prompts), width, dtype=torch.int64)
-    mask_BT = torch.zeros(len(prompts), width, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_BT[row, width - len(prompt) :] = 1
-    return ids_BT, mask_BT
-
-
-def _choose(logits_BV: Tensor, settings: GenerationSettings, generators: Sequence[torch.Generator]) -> list[int]:
-    if settings.temperature == 0:
-        return [int(token) for token in logits_BV.argmax(-1)]
-    return [
-        _sample(logits_V / settings.temperature, settings, generator)
-        for logits_V, generator in zip(logits_BV, generators, strict=True)
-    ]
-
-
-def _sample(logits_V: Tensor, settings: GenerationSettings, generator: torch.Generator) -> int:
-    sorted_V, order_V = logits_V.sort(descending=True)
-    probabilities_V = sorted_V.softmax(-1)
-    if settings.top_k:
-        probabilities_V[settings.top_k :] = 0
-    before_V = probabilities_V.cumsum(-1) - probabilities_V
-    probabilities_V[before_V >= settings.top_p * probabilities_V.sum()] = 0
-    return int(order_V[torch.multinomial(probabilities_V, 1, generator=generator)])
+def _keep_likely(logits_BV: Tensor, settings: GenerationSettings) -> Tensor:
+    """Without what ``top_k`` and ``top_p`` leave out; the likeliest token always stays."""
+    if 0 < settings.top_k < logits_BV.shape[-1]:
+        least_B1 = logits_BV.topk(settings.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, float("-inf"))
+    if settings.top_p < 1:
+        sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True)
+        before_BV = sorted_BV.softmax(dim=-1).cumsum(dim=-1) - sorted_BV.softmax(dim=-1)
+        left_out_BV: Any = torch.zeros_like(before_BV, dtype=torch.bool)
+        left_out_BV.scatter_(-1, order_BV, before_BV >= settings.top_p)
+        logits_BV = logits_BV.masked_fill(left_out_BV, float("-inf"))
+    return logits_BV

@@ -77,7 +77,8 @@ class HfTargetEngine(TargetEngine):
         return HfTargetDecoder(self._load(), request, self.info)
 
     def answers(self, tokenizer: ChatTokenizer, *, batch_size: int) -> AnswerSource:
-        return HfAnswers(self._load(), self.info, tokenizer, batch_size=batch_size)
+        stop = tokenizer.stop_token_ids or self.info.eos_token_ids
+        return HfAnswers(self._load, self.info, stop_token_ids=stop, batch_size=batch_size)
 
     def health(self) -> None:
         """:raises TargetError: the model cannot be read, or its device is not there."""

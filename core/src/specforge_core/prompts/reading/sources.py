@@ -30,6 +30,7 @@ from specforge_core.prompts.reading.hub import hub_files
 from specforge_core.prompts.reading.json_rows import json_rows
 from specforge_core.prompts.reading.raw_rows import Record
 from specforge_core.prompts.reading.row_fields import ROW_KEYS
+from specforge_core.prompts.regeneration.regenerated_set import MANIFEST_FILE, REPORT_FILE, find_origin
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import HubSource
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 DATA_SUFFIXES = (*(s + packed for s in _TEXT_SUFFIXES for packed in ("", ".gz", ".zst", ".zstd")), *_TABLE_SUFFIXES)
-_NO_DATA = frozenset((STATE_FILE, SPLITS_FILE, "dataset_info.json", "dataset_infos.json"))
+_NO_DATA = frozenset((STATE_FILE, SPLITS_FILE, "dataset_info.json", "dataset_infos.json", MANIFEST_FILE, REPORT_FILE))
 """What lies beside data and ends as data do."""
 _OTHERS = {
     b"PK\x03\x04": "a zip archive: unpack it",
@@ -76,7 +77,7 @@ def find_files(sources: Sequence[Path | HubSource | SourceFile]) -> list[SourceF
         if isinstance(source, SourceFile):
             found.append(source)
         elif isinstance(source, Path):
-            found += [SourceFile(path, str(path), _stem(path)) for path in _files_of(source)]
+            found += [SourceFile(path, str(path), _stem(path), find_origin(path)) for path in _files_of(source)]
         else:
             for path, name, origin in hub_files(source, DATA_SUFFIXES):
                 label = f"{source.hub.rpartition('/')[2]}-{_stem(path)}"

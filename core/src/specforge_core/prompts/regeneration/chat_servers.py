@@ -1,290 +1,258 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenAI-compatible servers as a source of answers: many requests in flight, over all that are up.
+"""Servers with the widely spoken chat API as an ``AnswerSource``: hundreds of requests in flight, over several servers.
 
-A request goes to the server with the fewest in flight. One that fails is left alone for a growing while. What none of
-them answers for ``regenerate.timeout_seconds`` ends the run; a request that is refused is a failed answer, with the
-server's words.
+Each request in flight is a thread that waits. It goes to the living server that has the fewest. A server that cannot be
+reached is left alone for a while, longer each time, and then asked whether it is back. Requests that a server could
+not take (too busy, an error of its own, a connection that broke) are tried again, elsewhere where there is one; what it
+refuses is an answer that failed. Only when no server has been there for ``timeout_seconds`` does the work end.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
 import random
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from urllib.parse import SplitResult
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from specforge_core.contracts import (
-    AnswerSource,
-    ConfigError,
+    DataError,
     GeneratedAnswer,
     GenerationRequest,
     GenerationSettings,
     SpecForgeError,
+    StopSignal,
     TargetError,
 )
-from specforge_core.prompts.regeneration.chat_request import (
-    EXTENSIONS,
-    Connection,
-    Refused,
-    TryAgain,
-    make_body,
-    parse_address,
-    read_answer,
+from specforge_core.contracts.files import read_bytes
+from specforge_core.prompts.regeneration.chat_api import make_body, read_answer, read_error
+from specforge_core.prompts.regeneration.http_calls import Address, CallFailed, HttpCalls
+from specforge_core.prompts.regeneration.server_pool import (
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    Server,
+    ServerPool,
+    refused,
 )
 
-if TYPE_CHECKING:
-    from specforge_core.config.run_config import RegenerateSection
-
-_log = logging.getLogger(__name__)
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
-"""Between tries of a request, and before a server that failed is asked again: doubled each time."""
-_TICK_SECONDS = 0.2
-_FORBIDDEN = (401, 403, 404)
+_TICK_SECONDS = 0.1
+_BUSY = frozenset((408, 409, 425, 429))
+_KEY_BYTES = 1 << 16
 
 
-@dataclass(slots=True)
-class _Server:
-    address: SplitResult
-    model: str = ""
-    in_flight: int = 0
-    failures: int = 0
-    down_until: float = 0.0
-    unknown: set[str] = field(default_factory=set)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Who is asked, and how long.
 
-    @property
-    def name(self) -> str:
-        return self.address.geturl()
-
-    @property
-    def path(self) -> str:
-        return self.address.path.rstrip("/")
-
-
-class ChatServers(AnswerSource):
-    """See the module.
-
-    :param key: sent to each of them as a bearer token.
-    :raises ConfigError: an address is none.
+    :param model: its name on the servers; None: the only one they have.
     """
 
-    def __init__(self, settings: RegenerateSection, *, key: str | None):
+    addresses: Sequence[str]
+    model: str | None = None
+    api_key_file: Path | None = None
+    concurrency: int = 64
+    timeout_seconds: float = 600.0
+    retries: int = 5
+
+
+class ChatServers:
+    """An ``AnswerSource``. Nothing is called before ``describe`` or ``answer``.
+
+    :raises DataError: an address or the key file cannot be used.
+    """
+
+    answers_together = False
+
+    def __init__(self, settings: ServerSettings, *, stop: StopSignal) -> None:
         self._settings = settings
-        self._key = key
-        self._servers = [_Server(parse_address(address)) for address in settings.servers]
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        self._last_answer = time.monotonic()
+        self._stop = stop
+        self._headers = _make_headers(settings.api_key_file)
+        addresses = [Address.parse(text) for text in settings.addresses]
+        self._pool = ServerPool(addresses, model=settings.model, timeout_seconds=settings.timeout_seconds)
+        self._described: dict[str, str] | None = None
+        self._todo: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[GeneratedAnswer | SpecForgeError] = queue.SimpleQueue()
+        self._calls: list[HttpCalls] = []
+        self._threads = 0
 
     @property
     def in_flight(self) -> int:
         return self._settings.concurrency
 
     def describe(self) -> Mapping[str, str]:
-        """Waits for servers that are starting, as long as for an answer."""
-        facts = []
-        for server in self._servers:
-            server.model = self._find_model(server)
-            facts.append(f"{server.name} {self._find_version(server)}".strip())
-        models = sorted({server.model for server in self._servers})
-        if len(models) > 1:
-            raise ConfigError(
-                f"the servers serve different models: {', '.join(models)}",
-                where="regenerate.servers",
-                hint="choose one",
-            )
-        return {"model": models[0], "servers": ", ".join(facts)}
+        """Model and version, as the servers say.
+
+        :raises TargetError: none is there, or they have not the model; those that are not there yet may come later.
+        """
+        if self._described is None:
+            calls = HttpCalls(self._headers)
+            self._calls.append(calls)
+            found = [self._pool.look_at(calls, server) for server in self._pool.servers]
+            known = [described for described in found if described is not None]
+            if not known:
+                reasons = "; ".join(f"{server.address}: {server.down}" for server in self._pool.servers)
+                raise TargetError(
+                    f"no server answers ({reasons})",
+                    where="regenerate.servers",
+                    hint="start one, or correct the addresses",
+                )
+            if len({described["model"] for described in known}) > 1:
+                raise TargetError(
+                    f"the servers have different models: {', '.join(sorted({item['model'] for item in known}))}",
+                    where="regenerate.servers",
+                    hint="name the one that is meant in regenerate.model",
+                )
+            versions = sorted({described["server"] for described in known if described["server"]})
+            self._described = {"model": known[0]["model"], "server": ", ".join(versions)}
+        return self._described
 
     def answer(
         self, requests: Iterable[GenerationRequest | None], settings: GenerationSettings
     ) -> Iterator[GeneratedAnswer]:
-        asked: queue.SimpleQueue[GenerationRequest | None] = queue.SimpleQueue()
-        done: queue.SimpleQueue[GeneratedAnswer | BaseException] = queue.SimpleQueue()
-        self._closed.clear()
-        self._last_answer = time.monotonic()
-        threads = [
-            threading.Thread(target=self._work, args=(asked, done, settings), daemon=True, name=f"answers {n}")
-            for n in range(self.in_flight)
-        ]
-        for thread in threads:
-            thread.start()
-        waiting, active, more = iter(requests), 0, True
-        try:
-            while active or more:
-                request = next(waiting, _END) if more and active < self.in_flight else None
-                more = more and request is not _END
-                if isinstance(request, GenerationRequest):
-                    asked.put(request)
-                    active += 1
-                    continue
-                answered = self._next(done)
-                if isinstance(answered, BaseException):
-                    raise answered
-                if answered is not None:
-                    active -= 1
-                    yield answered
-        finally:
-            self._closed.set()
-            for _ in threads:
-                asked.put(None)
+        model = self.describe()["model"]
+        waiting, in_flight = iter(requests), 0
+        while True:
+            while in_flight < self._settings.concurrency and (request := next(waiting, None)) is not None:
+                in_flight += 1
+                if in_flight > self._threads:
+                    self._start_thread(settings, model)
+                self._todo.put(request)
+            if not in_flight:
+                return
+            answer = self._wait()
+            in_flight -= 1
+            yield answer
 
     def close(self) -> None:
-        self._closed.set()
+        self._pool.close()
+        for _ in range(self._threads):
+            self._todo.put(None)
+        for calls in self._calls:
+            calls.close()
 
-    def _next(self, done: queue.SimpleQueue[GeneratedAnswer | BaseException]) -> GeneratedAnswer | BaseException | None:
-        """None where there is nothing yet. :raises TargetError: nobody answered for too long."""
-        try:
-            answered = done.get(timeout=_TICK_SECONDS)
-        except queue.Empty:
-            silent = time.monotonic() - self._last_answer
-            if all(server.failures for server in self._servers) and silent > self._settings.timeout_seconds:
-                raise self._nobody(f"none has answered for {silent:.0f} s") from None
-            return None
-        self._last_answer = time.monotonic()
-        return answered
-
-    def _work(
-        self,
-        asked: queue.SimpleQueue[GenerationRequest | None],
-        done: queue.SimpleQueue[GeneratedAnswer | BaseException],
-        settings: GenerationSettings,
-    ) -> None:
-        connections: dict[str, Connection] = {}
-        while (request := asked.get()) is not None and not self._closed.is_set():
-            try:
-                done.put(self._ask(request, settings, connections))
-            except SpecForgeError as error:
-                done.put(error)
-        for connection in connections.values():
-            connection.close()
-
-    def _ask(
-        self, request: GenerationRequest, settings: GenerationSettings, connections: dict[str, Connection]
-    ) -> GeneratedAnswer:
-        said = ""
-        for attempt in range(self._settings.retries + 1):
-            server = self._choose()
-            if server is None:
-                break
-            connection = connections.setdefault(server.name, self._connect(server))
-            try:
-                return self._ask_once(request, settings, server=server, connection=connection)
-            except TryAgain as error:
-                said = f"{server.name}: {error}"
-                self._pause(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE) if error.after is None else error.after)
-        return GeneratedAnswer(request.request_id, "failed", error=said or "the run was stopped")
-
-    def _ask_once(
-        self, request: GenerationRequest, settings: GenerationSettings, *, server: _Server, connection: Connection
-    ) -> GeneratedAnswer:
-        """
-        :raises TryAgain: another try may do better.
-        :raises TargetError: the server lets nobody ask.
-        """
-        failed = True
-        try:
-            answer = self._exchange(request, settings, server=server, connection=connection)
-            failed = False
-        finally:
-            self._settle(server, failed=failed)
-        return answer
-
-    def _exchange(
-        self, request: GenerationRequest, settings: GenerationSettings, *, server: _Server, connection: Connection
-    ) -> GeneratedAnswer:
+    def _wait(self) -> GeneratedAnswer:
+        """The next answer that is done; each has deadlines of its own."""
         while True:
-            body = make_body(request, settings, model=server.model, unknown=sorted(server.unknown))
+            self._stop.raise_if_requested()
             try:
-                answered = connection.send("POST", f"{server.path}/chat/completions", body)
-            except Refused as error:
-                if error.status in _FORBIDDEN:
-                    raise TargetError(str(error), where=server.name, hint="check address, model and key") from error
-                if self._drop_field(server, str(error), body):
+                done = self._done.get(timeout=_TICK_SECONDS)
+            except queue.Empty:
+                continue
+            if isinstance(done, SpecForgeError):
+                raise done
+            return done
+
+    def _start_thread(self, settings: GenerationSettings, model: str) -> None:
+        calls = HttpCalls(self._headers)
+        self._calls.append(calls)
+        self._threads += 1
+        threading.Thread(target=self._serve, args=(calls, settings, model), daemon=True).start()
+
+    def _serve(self, calls: HttpCalls, settings: GenerationSettings, model: str) -> None:
+        """A thread's work: one request after the other."""
+        while (request := self._todo.get()) is not None and not self._pool.closed:
+            try:
+                self._done.put(_Request(self, calls, request, settings, model=model).run())
+            except SpecForgeError as error:
+                self._done.put(error)
+
+    @property
+    def pool(self) -> ServerPool:
+        return self._pool
+
+    @property
+    def settings(self) -> ServerSettings:
+        return self._settings
+
+
+class _Request:
+    """One request until it has its answer, whatever that is."""
+
+    def __init__(
+        self,
+        owner: ChatServers,
+        calls: HttpCalls,
+        request: GenerationRequest,
+        settings: GenerationSettings,
+        *,
+        model: str,
+    ) -> None:
+        self._owner = owner
+        self._calls = calls
+        self._request = request
+        self._settings = settings
+        self._model = model
+        self._tries = 0
+        self._pause = FIRST_PAUSE_SECONDS
+        self._last: Server | None = None
+
+    def run(self) -> GeneratedAnswer:
+        """:raises TargetError: nobody answers any more, or nobody may."""
+        while True:
+            server, looked_for = self._owner.pool.choose(rather_not=self._last)
+            try:
+                if looked_for and not self._owner.pool.look_at(self._calls, server):
                     continue
-                return GeneratedAnswer(request.request_id, "failed", error=f"{server.name}: {error}")
-            return read_answer(request.request_id, answered)
+                answer = self._try(server)
+            finally:
+                self._owner.pool.give_back(server)
+            if answer is not None:
+                return answer
+            self._last = server
 
-    def _drop_field(self, server: _Server, said: str, body: Mapping[str, object]) -> bool:
-        """Leave out a field that the server says it does not know."""
-        named = next((name for name in EXTENSIONS if name in said and name in body), None)
-        if named is None:
-            return False
-        with self._lock:
-            if named not in server.unknown:
-                _log.warning("%s does not take %s; it is asked without", server.name, named)
-                server.unknown.add(named)
-        return True
+    def _try(self, server: Server) -> GeneratedAnswer | None:
+        """The answer; None: try again."""
+        asks_ids = server.asks_ids
+        body = make_body(self._request, self._settings, model=self._model, ask_ids=asks_ids)
+        seconds = self._owner.settings.timeout_seconds
+        try:
+            reply = self._calls.post(server.address, "/chat/completions", body, seconds=seconds)
+        except CallFailed as failed:
+            self._owner.pool.mark_down(server, str(failed))
+            return self._again(f"{server.address} {failed}") if failed.sent else None
+        if reply.status == 200:
+            try:
+                return read_answer(self._request.request_id, reply.body)
+            except ValueError as error:
+                return self._again(f"{server.address} sent what is no answer: {error}")
+        said = read_error(reply.body)
+        if reply.status in _BUSY or reply.status >= 500:
+            return self._again(f"{server.address}: status {reply.status} {said}".rstrip(), wait=reply.retry_after)
+        if reply.status in (400, 422) and asks_ids:
+            server.asks_ids = False  # some refuse what they do not know
+            return None
+        if reply.status in (400, 413, 422):
+            return self._fail(f"refused: status {reply.status} {said}".rstrip())
+        raise refused(server, reply)
 
-    def _choose(self) -> _Server | None:
-        """The server with the fewest requests, of those that are up; None once nothing is wanted any more."""
-        while not self._closed.is_set():
-            with self._lock:
-                now = time.monotonic()
-                up = [server for server in self._servers if server.down_until <= now]
-                if up:
-                    chosen = min(up, key=lambda server: server.in_flight)
-                    chosen.in_flight += 1
-                    return chosen
-            self._pause(_TICK_SECONDS)
+    def _again(self, reason: str, *, wait: float = 0.0) -> GeneratedAnswer | None:
+        """Pause before the next try; after the last, the answer that failed."""
+        self._tries += 1
+        if self._tries > self._owner.settings.retries:
+            return self._fail(reason)
+        pause = min(max(self._pause * random.uniform(0.5, 1.5), wait), LONGEST_PAUSE_SECONDS)
+        self._pause *= 2
+        until = time.monotonic() + pause
+        while not self._owner.pool.closed and (rest := until - time.monotonic()) > 0:
+            time.sleep(min(rest, _TICK_SECONDS))
         return None
 
-    def _settle(self, server: _Server, *, failed: bool) -> None:
-        with self._lock:
-            server.in_flight -= 1
-            server.failures = server.failures + 1 if failed else 0
-            pause = min(_FIRST_PAUSE * 2 ** min(server.failures, 10), _LONGEST_PAUSE)
-            server.down_until = time.monotonic() + pause if failed else 0.0
-
-    def _pause(self, seconds: float) -> None:
-        self._closed.wait(min(seconds, _LONGEST_PAUSE) * random.uniform(0.75, 1.25))
-
-    def _connect(self, server: _Server) -> Connection:
-        return Connection(server.address, key=self._key, timeout_seconds=self._settings.timeout_seconds)
-
-    def _find_model(self, server: _Server) -> str:
-        until = time.monotonic() + self._settings.timeout_seconds
-        connection, attempt = self._connect(server), 0
-        while True:
-            try:
-                listed = connection.send("GET", f"{server.path}/models")
-                names = [str(entry["id"]) for entry in listed["data"]]
-                break
-            except Refused as error:
-                raise TargetError(str(error), where=server.name, hint="check the address and the key") from error
-            except TryAgain as error:
-                attempt += 1
-                if time.monotonic() > until:
-                    raise self._nobody(f"{server.name}: {error}") from error
-                self._pause(min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE, self._settings.timeout_seconds))
-            except (KeyError, TypeError) as error:
-                raise TargetError("does not list its models", where=server.name, hint="check the address") from error
-        wanted = self._settings.model
-        if wanted is not None and wanted in names:
-            return wanted
-        if wanted is not None or len(names) != 1:
-            raise ConfigError(
-                f"{server.name} serves {', '.join(names) or 'no model'}",
-                where="regenerate.model",
-                hint="name one of them",
-            )
-        return names[0]
-
-    def _find_version(self, server: _Server) -> str:
-        """As it says at the root, beside the API; "" where it does not."""
-        root = server.path.removesuffix("/v1")
-        with suppress(TryAgain, Refused, KeyError, TypeError):
-            return str(self._connect(server).send("GET", f"{root}/version")["version"])[:80]
-        return ""
-
-    def _nobody(self, reason: str) -> TargetError:
-        names = ", ".join(server.name for server in self._servers)
-        return TargetError(f"no server answers: {reason}", where=f"regenerate.servers: {names}", hint="start them")
+    def _fail(self, reason: str) -> GeneratedAnswer:
+        return GeneratedAnswer(self._request.request_id, "failed", error=reason)
 
 
-_END = object()
+def _make_headers(key_file: Path | None) -> dict[str, str]:
+    if key_file is None:
+        return {"Accept": "application/json"}
+    try:
+        key = read_bytes(key_file, limit=_KEY_BYTES).decode("ascii").strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not ASCII text"
+        raise DataError(
+            f"the key cannot be read: {reason}", where=str(key_file), hint="correct regenerate.api_key_file"
+        ) from error
+    if not key or not key.isprintable():
+        raise DataError("holds no key on one line", where=str(key_file), hint="put the key alone into the file")
+    return {"Accept": "application/json", "Authorization": f"Bearer {key}"}

@@ -1,147 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One conversation whose answers are made anew: what is asked next, and what became of it. Pure.
+"""A conversation whose answers are made anew, one after the other: a pure state machine that is told what came.
 
-Turns that are not the assistant's stay as they are. Recorded tool results follow the target's own calls; where call
-and result do not meet, the conversation ends there and says so. ``loop`` drives many of them.
+The turns of everybody else are kept. An answer of the source is replaced by the target's own, made upon the target's
+own answers before it. Tool results are spliced in after the calls that the target makes, in their order, where it
+calls the same functions; where it does not, the recorded results answer nothing it asked, and the conversation ends.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from specforge_core.contracts import GeneratedAnswer
 from specforge_core.prompts.conversation import Conversation, Message
 
+Turns = Literal["all", "last"]
+
 ENDINGS: Mapping[str, str] = {
-    "answered": "conversations whose answers were all made",
-    "cut": "conversations that end with an answer cut at regenerate.max_tokens; it is marked",
-    "failed": "conversations that end with an answer that could not be made; the error is in the row",
-    "calls_missing": "conversations that end where the source has tool results and the target called nothing",
-    "results_missing": "conversations that end where the target calls and the source has no results",
+    "done": "every answer that was wanted was made",
+    "cut": "an answer reached regenerate.max_tokens: nothing is built upon it",
+    "failed": "an answer could not be made",
+    "other_calls": "the target calls other tools than those whose results the source has",
+    "no_calls": "the source goes on with tool results, and the target calls no tool",
+    "nothing_asked": "there is nothing to answer: no turn of a user",
 }
-"""How a conversation ends, and what that means."""
+"""How regenerating a conversation may end."""
 
 
-class Dialogue:
-    """A conversation on its way.
+@dataclass(frozen=True, slots=True)
+class MadeAnswer:
+    """An answer that was made, and where it stands.
 
-    :param last_only: the last answer alone is made; those before it stay, and are not trained.
+    :param position: its place among the messages of the regenerated conversation.
     """
 
-    def __init__(self, prompt_id: str, conversation: Conversation, *, last_only: bool):
-        self.prompt_id = prompt_id
-        self.conversation = conversation
-        answers = [n for n, message in enumerate(conversation.messages) if message.get("role") == "assistant"]
-        self._wanted = frozenset(answers[-1:] if last_only else answers)
-        self._next = 0
-        self.messages: list[Message] = []
-        self.answers: list[GeneratedAnswer] = []
-        self.ending = ""
-        self._chains: list[tuple[list[int], list[int], int]] = []
-        """Token ids and mask of answers that follow each other, and how many messages they cover."""
-        self._go_on()
+    position: int
+    answer: GeneratedAnswer
+
+
+@dataclass(slots=True)
+class Dialogue:
+    """One conversation on its way.
+
+    :ivar messages: what stands so far: kept turns and made answers.
+    :ivar ending: one of ``ENDINGS``, or "" while an answer is wanted.
+    """
+
+    source: Conversation
+    turns: Turns
+    messages: list[Message] = field(default_factory=list)
+    kept: set[int] = field(default_factory=set)
+    made: list[MadeAnswer] = field(default_factory=list)
+    ending: str = ""
+    _next: int = 0
+
+    def __post_init__(self) -> None:
+        self._advance()
 
     @property
-    def turn(self) -> int:
-        """How many answers were made."""
-        return len(self.answers)
+    def wants_answer(self) -> bool:
+        """Whether what stands so far is to be answered."""
+        return not self.ending
 
-    def take(self, answer: GeneratedAnswer) -> None:
-        """The answer to ``messages``."""
-        self.answers.append(answer)
+    def take(self, answer: GeneratedAnswer, message: Message) -> None:
+        """What came.
+
+        :param message: the answer as a turn; of a failed one nothing is used.
+        """
+        self.made.append(MadeAnswer(len(self.messages), answer))
         if answer.finish_reason == "failed":
             self.ending = "failed"
             return
-        self.messages.append(_as_message(answer))
-        self._add_ids(answer)
-        self._next += 1
+        self.messages.append(message)
         if answer.finish_reason == "length":
             self.ending = "cut"
             return
-        self._splice_results(answer)
+        self._skip_answer()
+        self._splice_results(message)
         if not self.ending:
-            self._go_on()
+            self._advance()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What is kept of it: one row, or one for each run of token ids that continue each other."""
-        made = {
-            "ending": self.ending,
-            "finish_reasons": [answer.finish_reason for answer in self.answers],
-            "usage": [dict(answer.usage) for answer in self.answers],
-        }
-        if self.ending == "failed":
-            made["error"] = self.answers[-1].error
-        common: dict[str, Any] = {}
-        if self.conversation.tools is not None:
-            common["tools"] = list(self.conversation.tools)
-        if self.conversation.template_arguments:
-            common["chat_template_kwargs"] = dict(self.conversation.template_arguments)
-        if not self._chains:
-            return [{"id": self.prompt_id, "messages": self.messages, **common, "made": made}]
-        return [
-            {
-                "id": self.prompt_id if place == 1 else f"{self.prompt_id}.{place}",
-                "messages": self.messages[:covered],
-                **common,
-                "input_ids": ids,
-                "loss_mask": mask,
-                "made": made,
-            }
-            for place, (ids, mask, covered) in enumerate(self._chains, start=1)
-        ]
-
-    def _go_on(self) -> None:
-        """To the next answer that is to be made."""
-        source = self.conversation.messages
-        while self._next < len(source) and self._next not in self._wanted:
+    def _advance(self) -> None:
+        """Keep turns up to the next answer that is wanted, or to the end."""
+        source = self.source.messages
+        while self._next < len(source):
             message = source[self._next]
-            kept = {**message, "train": False} if message.get("role") == "assistant" else message
-            self.messages.append(kept)
+            if message["role"] == "assistant" and self._is_wanted(self._next):
+                return
+            if message["role"] == "assistant":
+                self.kept.add(len(self.messages))
+            self.messages.append(message)
             self._next += 1
-        if self._next == len(source):
-            while self.messages and self.messages[-1].get("role") != "assistant":
-                self.messages.pop()  # nobody answers them
-            self.ending = "answered"
+        if not self.messages or self.messages[-1]["role"] not in ("user", "tool"):
+            self.ending = "done" if self.made else "nothing_asked"
 
-    def _splice_results(self, answer: GeneratedAnswer) -> None:
-        results: list[Message] = []
-        source = self.conversation.messages
-        while self._next < len(source) and source[self._next].get("role") == "tool":
-            results.append(source[self._next])
+    def _is_wanted(self, index: int) -> bool:
+        """Whether the source's answer there is made anew: one that answers somebody, and that may be trained."""
+        asked = any(message["role"] in ("user", "tool") for message in self.messages)
+        if not asked or index in self.source.untrained:
+            return False
+        return self.turns == "all" or index == self._last_wanted()
+
+    def _last_wanted(self) -> int:
+        """The first message of the last answer, if nobody is left to answer after it."""
+        source = self.source.messages
+        last = len(source) - 1
+        if source[last]["role"] != "assistant":
+            return -1
+        while last and source[last - 1]["role"] == "assistant" and last - 1 not in self.source.untrained:
+            last -= 1
+        return last
+
+    def _skip_answer(self) -> None:
+        """Leave the source's own answer out: all its messages, where it has several in a row."""
+        source = self.source.messages
+        while self._next < len(source) and source[self._next]["role"] == "assistant":
             self._next += 1
-        if results and not answer.tool_calls:
-            self.ending = "calls_missing"
-        elif answer.tool_calls and len(results) < len(answer.tool_calls):
-            self.ending = "results_missing"
-        for result, call in zip(results, answer.tool_calls, strict=False):
-            known = {"tool_call_id": call["id"]} if "tool_call_id" in result and "id" in call else {}
-            self.messages.append({**result, **known})
 
-    def _add_ids(self, answer: GeneratedAnswer) -> None:
-        if answer.prompt_ids is None or answer.token_ids is None:
+    def _splice_results(self, message: Message) -> None:
+        source, calls = self.source.messages, list(message.get("tool_calls") or ())
+        first = self._next
+        while self._next < len(source) and source[self._next]["role"] == "tool":
+            self._next += 1
+        results = source[first : self._next]
+        if not results:
+            self.ending = "other_calls" if calls and self._next < len(source) else ""
             return
-        prompt, made = list(answer.prompt_ids), list(answer.token_ids)
-        covered = len(self.messages)
-        last = self._chains[-1] if self._chains else None
-        if last is not None and prompt[: len(last[0])] == last[0]:
-            mask = last[1] + [0] * (len(prompt) - len(last[0])) + [1] * len(made)
-            self._chains[-1] = (prompt + made, mask, covered)
-        else:
-            self._chains.append((prompt + made, [0] * len(prompt) + [1] * len(made), covered))
+        if not calls:
+            self.ending = "no_calls"
+            return
+        names = _called(source[first - 1])
+        if len(calls) != len(results) or (names and names != _called(message)):
+            self.ending = "other_calls"
+            return
+        for call, result in zip(calls, _in_order(results, source[first - 1]), strict=True):
+            given = {"tool_call_id": call["id"]} if "tool_call_id" in result and "id" in call else {}
+            self.messages.append({**result, **given})
 
 
-def _as_message(answer: GeneratedAnswer) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": answer.content}
-    if answer.thought is not None:
-        message["reasoning_content"] = answer.thought
-    if answer.tool_calls:
-        message["tool_calls"] = [dict(call) for call in answer.tool_calls]
-    if answer.finish_reason == "length":
-        message["train"] = False  # encoded again, it would end as if it were complete; its token ids do not
+def _called(message: Message) -> list[str]:
+    """The functions that a turn calls, in order."""
+    calls = list(message.get("tool_calls") or ())
+    if not calls and isinstance(message.get("function_call"), Mapping):
+        calls = [message["function_call"]]
+    return [str(call.get("function", call).get("name", "")) for call in calls]
+
+
+def _in_order(results: Sequence[Message], calls: Message) -> list[Message]:
+    """The results in the order of the source's calls, where their ids tell."""
+    ids = [call.get("id") for call in calls.get("tool_calls") or ()]
+    by_id = {result.get("tool_call_id"): result for result in results}
+    if len(by_id) == len(results) == len(ids) and None not in by_id and set(ids) == set(by_id):
+        return [by_id[call_id] for call_id in ids]
+    return list(results)
+
+
+def make_seed(seed: int, prompt_id: str, turn: int) -> int:
+    """The seed of one answer, the same each time and unlike others'."""
+    return int.from_bytes(hashlib.blake2b(json.dumps([seed, prompt_id, turn]).encode(), digest_size=4).digest()) >> 1
+
+
+def thinks(seed: int, prompt_id: str) -> bool:
+    """Whether this conversation is one of the half that thinks (``regenerate.thinking: mixed``)."""
+    return bool(hashlib.blake2b(json.dumps([seed, "thinks", prompt_id]).encode(), digest_size=1).digest()[0] & 1)
+
+
+def turn_of(content: str, thought: str | None, tool_calls: Sequence[Mapping[str, Any]]) -> Message:
+    """An answer as a turn of a conversation."""
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if thought is not None:
+        message["reasoning_content"] = thought
+    if tool_calls:
+        message["tool_calls"] = [dict(call) for call in tool_calls]
     return message
-
-
-def count_endings(endings: Sequence[str]) -> dict[str, int]:
-    """How many conversations ended in each way."""
-    return {name: endings.count(name) for name in ENDINGS if name in endings}
