@@ -85,8 +85,8 @@ def _regenerate(root: Path, target: DemoTarget, name: str, **section: object) ->
     process = start("regenerate", f"{name}.yaml", cwd=root)
     _, err = process.communicate(timeout=COMMAND_SECONDS)
     assert process.returncode == 0, err
-    rows = (root / name / "regenerated" / "train" / "rows.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in rows]
+    files = sorted((root / name / "regenerated" / "train").glob("answers-*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def test_a_server_returns_the_tokens_that_our_engine_gives(target: DemoTarget, address: str, tmp_path: Path) -> None:
