@@ -41,7 +41,12 @@ class DigestedFile:
     """
 
     def __init__(self, path: Path, *, size: int = 0) -> None:
-        self._file: BinaryIO = open(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b")  # noqa: SIM115
+        self._file: BinaryIO
+        if size:
+            self._file = os.fdopen(open_regular(path, os.O_RDWR), "r+b")
+        else:
+            path.unlink(missing_ok=True)  # a link that somebody put there is not followed
+            self._file = path.open("w+b")
         self._digest = xxh3_128()
         self.size = 0
         while self.size < size:
