@@ -85,7 +85,8 @@ def test_what_servers_answer_is_a_source_of_prompts(
     assert (tools[2]["tool_call_id"], tools[2]["content"]) == ("c1", "2")
     manifest = json.loads((made / "regeneration.json").read_text())
     assert manifest["answered_by"] == [{"model": "tiny", "server": "7.8.9"}]
-    assert run("data", "check", run_file, f"data.train=[{made}]") in (0, 1)
+    # the target's template renders no calls, so the conversation that ends in one is left out, and said
+    assert run("data", "check", run_file, f"data.train=[{made}]", "data.on_bad_row=skip") in (0, 1)
     assert "6" in capsys.readouterr().out
 
 

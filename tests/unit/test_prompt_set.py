@@ -188,13 +188,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, place: object, name: str, after: 
     monkeypatch.setattr(place, name, limited)
 
 
-CALLS = [
-    *((os, "open", count) for count in range(4)),
-    (Path, "open", 0),
-    (os, "fsync", 0),
-    (os, "fsync", 3),
-    (os, "rename", 0),
-]
+CALLS = [*((Path, "open", count) for count in range(5)), (os, "fsync", 0), (os, "fsync", 3), (os, "rename", 0)]
 
 
 @pytest.mark.parametrize(

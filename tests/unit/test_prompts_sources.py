@@ -18,7 +18,7 @@ import pytest
 import zstandard
 from pyarrow import feather, parquet
 from specforge_core.contracts import DataError
-from specforge_core.prompts import json_array, json_rows
+from specforge_core.prompts.reading import json_array, json_rows
 from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES
 from specforge_core.prompts.reading.rows import BadRow, read_rows
 from specforge_core.prompts.reading.sources import find_files, read_records

@@ -76,9 +76,12 @@ class Run:
         self.progress = progress
         self.directory = RunDirectory.of(plan.config)
         self._observers = observers
-        self.prompts = RunPrompts(plan, progress=progress("prompts"), stop=stop)
-        self.batches = RunBatches(plan, prompts=self.prompts, order=lambda: self.order)
+        self.batches = RunBatches(plan, prompts=lambda split: self.prompts(split), order=lambda: self.order)
         self.wires = RunWires(plan, self.directory, fingerprint=self.batches.fingerprint)
+
+    @cached_property
+    def prompts(self) -> RunPrompts:
+        return RunPrompts(self.plan, progress=self.progress("prompts"), stop=self.stop)
 
     @cached_property
     def parallelism(self) -> Parallelism:
