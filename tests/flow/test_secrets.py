@@ -17,8 +17,11 @@ SECRET = "wonderful-secret"
 
 
 def command_lines(process: psutil.Process) -> list[str]:
+    """Of the children; a child that has not begun its own program yet still shows its parent's."""
     try:
-        return [" ".join(child.cmdline()) for child in process.children(recursive=True)]
+        own = process.cmdline()
+        lines = [child.cmdline() for child in process.children(recursive=True)]
+        return [" ".join(line) for line in lines if line != own]
     except psutil.NoSuchProcess:
         return []
 
