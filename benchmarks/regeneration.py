@@ -45,7 +45,7 @@ def write_conversations(source: Path, into: Path, *, turns: int, most: int | Non
 def trained_tokens(directory: Path) -> int:
     """Trained tokens of the prompts that were prepared for a run."""
     manifest = json.loads((directory / "features" / "train" / "prompts" / "manifest.json").read_text())
-    return sum(source["trained"] for source in manifest["report"])
+    return sum(source["trained_tokens"] for source in manifest["report"])
 
 
 def train(name: str, values: dict[str, Any], root: Path, *, tokens: int) -> dict[str, Any]:
