@@ -61,7 +61,7 @@ def train(name: str, values: dict[str, Any], root: Path, *, tokens: int) -> dict
     specforge("run", str(run_file), f"training.max_steps={steps}", f"training.epochs={epochs}")
     specforge("export", str(directory))
     specforge("bench", str(directory))
-    return {"steps": steps, "prompts": prompts, **json.loads((directory / "bench.json").read_text())}
+    return {**json.loads((directory / "bench.json").read_text()), "steps": steps, "prompts": prompts}
 
 
 def main() -> None:
