@@ -145,6 +145,17 @@ def test_a_server_that_knows_no_token_ids_is_asked_without(service: ChatService)
     assert len(service.asked) == 4
 
 
+def test_one_refused_request_does_not_take_the_ids_from_the_others(service: ChatService) -> None:
+    def too_long(service: ChatService, body: Json) -> tuple[int, Json]:
+        long = len(service.asked) <= 2  # the first request, with ids and without
+        return (400, {"message": "context length exceeded"}) if long else (200, complete(body))
+
+    service.behave = too_long
+    made = ask(servers(service, concurrency=1), 3)
+    assert [made[f"r{number}"].finish_reason for number in range(3)] == ["failed", "stop", "stop"]
+    assert all(made[f"r{number}"].token_ids for number in (1, 2))
+
+
 def test_cut_answers_and_thoughts_and_calls_are_told_apart(service: ChatService) -> None:
     call = {"id": "c9", "type": "function", "function": {"name": "add", "arguments": "{}"}}
     replies: list[Callable[[Json], Json]] = [

@@ -38,10 +38,7 @@ class _Probe:
 
 
 class TurnEnds:
-    """The tokens that end turns, and how an answer's header reads.
-
-    :param stop_token_ids: what ends an answer when the target is served.
-    """
+    """The tokens that end turns, and how an answer's header reads."""
 
     def __init__(self, tokenizer: ChatTokenizer, renderer: TemplateRenderer):
         stops = _texts_of(tokenizer, tokenizer.stop_token_ids)

@@ -9,6 +9,7 @@ refuses is an answer that failed. Only when no server has been there for ``timeo
 
 from __future__ import annotations
 
+import logging
 import queue
 import random
 import threading
@@ -36,6 +37,8 @@ from specforge_core.prompts.regeneration.server_pool import (
     ServerPool,
     refused,
 )
+
+_log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.1
 _BUSY = frozenset((408, 409, 425, 429))
@@ -186,6 +189,7 @@ class _Request:
         self._model = model
         self._tries = 0
         self._pause = FIRST_PAUSE_SECONDS
+        self._without_ids = False
         self._last: Server | None = None
 
     def run(self) -> GeneratedAnswer:
@@ -204,7 +208,7 @@ class _Request:
 
     def _try(self, server: Server) -> GeneratedAnswer | None:
         """The answer; None: try again."""
-        asks_ids = server.asks_ids
+        asks_ids = server.asks_ids and not self._without_ids
         body = make_body(self._request, self._settings, model=self._model, ask_ids=asks_ids)
         seconds = self._owner.settings.timeout_seconds
         try:
@@ -213,6 +217,9 @@ class _Request:
             self._owner.pool.mark_down(server, str(failed))
             return self._again(f"{server.address} {failed}") if failed.sent else None
         if reply.status == 200:
+            if self._without_ids and server.asks_ids:
+                server.asks_ids = False  # this was all that it refused
+                _log.warning("%s refuses to return token ids; its answers are kept as text", server.address)
             try:
                 return read_answer(self._request.request_id, reply.body)
             except ValueError as error:
@@ -221,7 +228,7 @@ class _Request:
         if reply.status in _BUSY or reply.status >= 500:
             return self._again(f"{server.address}: status {reply.status} {said}".rstrip(), wait=reply.retry_after)
         if reply.status in (400, 422) and asks_ids:
-            server.asks_ids = False  # some refuse what they do not know
+            self._without_ids = True  # some refuse what they do not know; others, this request whatever it asks
             return None
         if reply.status in (400, 413, 422):
             return self._fail(f"refused: status {reply.status} {said}".rstrip())
