@@ -71,11 +71,6 @@ class AnswerSource(Protocol):
     """An engine of this process, or servers, that answer."""
 
     @property
-    def in_flight(self) -> int:
-        """How many requests it wants at once."""
-        ...
-
-    @property
     def answers_together(self) -> bool:
         """Whether an answer's bits depend on what is answered at the same time, and on nothing else.
 

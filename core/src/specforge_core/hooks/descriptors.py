@@ -114,7 +114,7 @@ class DemoTarget:
     section: Mapping[str, str]
     train_prompts: Path
     eval_prompts: Path
-    answer_tokens: int = 96
+    answer_tokens: int
 
 
 PartSpec = StrategySpec | TargetEngineSpec | FeatureStoreSpec | RefChannelSpec

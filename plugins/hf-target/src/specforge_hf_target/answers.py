@@ -51,10 +51,6 @@ class HfAnswers:
         self._stop = frozenset(stop_token_ids)
         self._batch_size = batch_size
 
-    @property
-    def in_flight(self) -> int:
-        return self._batch_size
-
     def describe(self) -> Mapping[str, str]:
         return {
             "engine": "hf",

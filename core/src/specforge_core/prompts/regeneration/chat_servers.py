@@ -80,10 +80,6 @@ class ChatServers:
         self._calls: list[HttpCalls] = []
         self._threads = 0
 
-    @property
-    def in_flight(self) -> int:
-        return self._settings.concurrency
-
     def describe(self) -> Mapping[str, str]:
         """Model and version, as the servers say.
 
