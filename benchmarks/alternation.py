@@ -4,6 +4,9 @@
 A benchmark script describes itself with :class:`StepBenchmark` and calls :func:`run`. The script is started again, with
 ``--worker NAME``, once per side and mode, so that peak memory is the mode's own; the peer's worker runs in its own
 environment, where this module needs torch and the standard library only.
+
+On CUDA, seconds are taken between two synchronisations, peak memory is the card's, and the rate that products are
+compared with is that of large products on this card.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class StepBenchmark:
     script: str
     title: str
     modes: tuple[str, ...]
-    tokens_per_step: int
+    tokens_per_step: Callable[[argparse.Namespace], int]
     sides: Mapping[str, Callable[[argparse.Namespace], Step]]
 
 
@@ -42,6 +45,8 @@ def run(benchmark: StepBenchmark, parser: argparse.ArgumentParser) -> None:
     """Parse the command line, with the benchmark's own arguments already in ``parser``, and measure every mode."""
     parser.add_argument("--peer-python", help="python of the environment that holds speculators; default: ours alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--profile", action="store_true", help="also print which operators of ours take the time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
@@ -51,10 +56,6 @@ def run(benchmark: StepBenchmark, parser: argparse.ArgumentParser) -> None:
     options = parser.parse_args()
     if options.worker:
         work(benchmark.sides[options.worker], options)
-        return
-    cpu = Path("/proc/cpuinfo")
-    if options.dtype == "bfloat16" and not (cpu.exists() and "amx_bf16" in cpu.read_text()):
-        print("this processor has no AMX: bfloat16 products are not faster here, so nothing was measured")
         return
     results = []
     for mode in options.mode or benchmark.modes:
@@ -78,13 +79,31 @@ def work(make: Callable[[argparse.Namespace], Step], options: argparse.Namespace
         if what == "flops":
             answer["flops"] = count_flops(step, mode)
         elif what == "gemm":
-            answer["gflops"] = measure_gemm(options.dtype)
+            answer["gflops"] = measure_gemm(options)
+        elif what == "profile":
+            answer["profile"] = profile(step, mode, options)
         else:
             begin = time.perf_counter()
             answer["loss"] = step(mode)
+            synchronize(options)
             answer["seconds"] = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({**answer, "peak_mb": peak / 1024, "imports_mb": imports / 1024}), flush=True)
+        print(json.dumps({**answer, "peak_mb": peak_mb(options), "imports_mb": imports / 1024}), flush=True)
+
+
+def synchronize(options: argparse.Namespace) -> None:
+    import torch
+
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mb(options: argparse.Namespace) -> float:
+    """Of the process; on CUDA, what the allocator had in use on the card."""
+    import torch
+
+    if options.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def count_flops(step: Step, mode: str) -> int:
@@ -95,17 +114,33 @@ def count_flops(step: Step, mode: str) -> int:
     return counter.get_total_flops()
 
 
-def measure_gemm(dtype: str) -> float:
-    """GFLOP/s of the machine's own 2048³ products, the best of five."""
+def measure_gemm(options: argparse.Namespace) -> float:
+    """GFLOP/s of the machine's own square products, the best of five."""
     import torch
 
-    a = torch.randn(2048, 2048, dtype=getattr(torch, dtype))
+    size = 8192 if options.device == "cuda" else 2048
+    a = torch.randn(size, size, dtype=getattr(torch, options.dtype), device=options.device)
     times = []
     for _ in range(5):
+        synchronize(options)
         begin = time.perf_counter()
         a @ a
+        synchronize(options)
         times.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(times) / 1e9
+    return 2 * size**3 / min(times) / 1e9
+
+
+def profile(step: Step, mode: str, options: argparse.Namespace) -> str:
+    """A table of the operators (on CUDA: kernels) that took most of one step."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if options.device == "cuda" else [])]
+    with record(activities=kinds) as found:
+        step(mode)
+        synchronize(options)
+    order = "self_cuda_time_total" if options.device == "cuda" else "self_cpu_time_total"
+    return found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
 
 
 @dataclass
@@ -140,7 +175,8 @@ def measure(benchmark: StepBenchmark, mode: str, options: argparse.Namespace) ->
     if options.peer_python and "peer" in benchmark.sides:
         sides.append(Side.start("peer", options.peer_python, benchmark.script))
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
-    result: dict = {"mode": mode, "dtype": options.dtype, "gflops": sides[0].ask(f"{mode} gemm")["gflops"]}
+    gflops = sides[0].ask(f"{mode} gemm")["gflops"]
+    result: dict = {"mode": mode, "dtype": options.dtype, "device": device_name(options), "gflops": gflops}
     for turn in range(options.warmup + options.rounds):
         for side in sides:
             answer = side.ask(mode)
@@ -151,17 +187,25 @@ def measure(benchmark: StepBenchmark, mode: str, options: argparse.Namespace) ->
             result[f"{side.name}_last_loss"] = answer["loss"]
     for side in sides:
         median = statistics.median(seconds[side.name])
-        result[f"{side.name}_tokens_per_second"] = benchmark.tokens_per_step / median
+        result[f"{side.name}_tokens_per_second"] = benchmark.tokens_per_step(options) / median
         result[f"{side.name}_gemm_share"] = side.ask(f"{mode} flops")["flops"] / median / 1e9 / result["gflops"]
+        if options.profile and side.name == "ours":
+            print(side.ask(f"{mode} profile")["profile"])
         side.process.stdin.close()
         side.process.wait(timeout=60)
     return result
 
 
+def device_name(options: argparse.Namespace) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+
+
 def show(benchmark: StepBenchmark, result: dict) -> None:
     print(
         f"{benchmark.title}, {result['dtype']}, {result['mode']} positions trained "
-        f"(machine: {result['gflops']:.0f} GFLOP/s in 2048³ products)"
+        f"({result['device']}: {result['gflops']:.0f} GFLOP/s in square products)"
     )
     for side in ("ours", "peer"):
         if f"{side}_peak_mb" in result:

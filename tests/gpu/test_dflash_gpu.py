@@ -71,3 +71,13 @@ def test_drafting_on_cuda_says_what_cpu_says():
             drafter.extend(sample.features["input_ids"][:10], features)
             guesses.append(drafter.propose(4).cpu().tolist())
         assert guesses[0] == guesses[1]
+
+
+def test_windows_of_many_sizes_stay_compiled():
+    """Past its limit of recompilations torch falls back to uncompiled attention, which holds every score."""
+    strategy = make_strategy("dflash", {**MIXED, "num_attention_heads": 2, "num_key_value_heads": 1, "block_size": 16})
+    draft, samples = make_draft(strategy).cuda(), make_samples(strategy, range(20, 400, 37))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for size in range(1, len(samples) + 1):
+            batch = strategy.collate(samples[:size], range(size))
+            run_batches(strategy, draft, [batch.to("cuda")])

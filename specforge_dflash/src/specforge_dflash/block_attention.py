@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of packed blocks: each slot over its block and over what it sees of its sample's context.
 
-On CPU the two kinds of keys go through torch's fused attention apart, and a log-sum-exp merge joins them: with
+On CPU the two kinds of keys go through fused attention apart, and a log-sum-exp merge joins them: with
 P = exp(s − lse) and δ = Σ dO·O over the merged values, the fused backward of each part is exact. No score outlives its
-segment. On CUDA it is one FlexAttention. ``attend_plain`` is the formula written out, for other devices and to compare.
+segment. On CUDA it is one FlexAttention. ``attend_plain`` is the formula written out: for what neither takes, and to
+compare.
 
 Legend: R query rows, C packed context, M blocks, K block size, N query heads, G key heads, D head size.
 """
@@ -16,12 +17,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from specforge_core.modeling import fused_attention, fused_attention_backward, per_query_head
 from torch import Tensor
 
 from specforge_dflash.block_mask import BlockLayout
 
-_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLEX_LEAST_HEAD = 16
+"""Head sizes below it are not compiled by FlexAttention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +34,6 @@ class BlockKeys:
     own_value: Tensor
     key: Tensor
     value: Tensor
-
-
-def _per_query_head(x: Tensor, groups: int) -> Tensor:
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
-def _per_key_head(grad: Tensor, groups: int) -> Tensor:
-    return grad if groups == 1 else grad.unflatten(1, (-1, groups)).sum(2)
 
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
@@ -60,14 +54,12 @@ def _heads(x: Tensor) -> Tensor:
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: BlockLayout, window: int | None, query: Tensor, *given: Tensor) -> Tensor:
-        groups, size = query.shape[1] // given[0].shape[1], layout.block_size
-        own_key, own_value, key, value = (_per_query_head(x, groups) for x in given)
-        out, lse = _FUSED(*(_blocks(x, size) for x in (query, own_key, own_value)), 0.0, window is not None)
-        out, lse = _rows(out), _rows(lse)
+        own_key, own_value, key, value = given
+        own = (_blocks(x, layout.block_size) for x in (query, own_key, own_value))
+        out, lse = (_rows(x) for x in fused_attention(*own, causal=window is not None))
         for part in layout.segments(window):
-            o, l = _FUSED(
-                _heads(query[part.rows]), _heads(key[part.keys]), _heads(value[part.keys]), attn_mask=part.mask
-            )
+            operands = (_heads(x) for x in (query[part.rows], key[part.keys], value[part.keys]))
+            o, l = fused_attention(*operands, mask=part.mask)
             o, l = o[0].transpose(0, 1), l[0].transpose(0, 1)
             both = torch.logaddexp(lse[part.rows], l)
             own_share, share = (lse[part.rows] - both).exp(), (l - both).exp()
@@ -82,26 +74,23 @@ class _BlockAttention(torch.autograd.Function):
         query, *given, out, lse = ctx.saved_tensors
         layout: BlockLayout = ctx.layout
         grad, window, size = grads[0].contiguous(), ctx.window, layout.block_size
-        groups = query.shape[1] // given[0].shape[1]
-        own_key, own_value, key, value = (_per_query_head(x, groups) for x in given)
-        own = _FUSED_BACKWARD(
-            *(_blocks(x, size) for x in (grad, query, own_key, own_value, out, lse)), 0.0, window is not None
-        )
+        own_key, own_value, key, value = given
+        blocks = (_blocks(x, size) for x in (grad, query, own_key, own_value, out, lse))
+        own = fused_attention_backward(*blocks, causal=window is not None)
         grad_query, grad_own_key, grad_own_value = (_rows(x) for x in own)
         grad_query = grad_query.contiguous()
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for part in layout.segments(window):
             rows, keys = part.rows, part.keys
             operands = (grad[rows], query[rows], key[keys], value[keys], out[rows], lse[rows])
-            pieces = _FUSED_BACKWARD(*(_heads(x) for x in operands), 0.0, False, attn_mask=part.mask)
+            pieces = fused_attention_backward(*(_heads(x) for x in operands), mask=part.mask)
             for total, piece in (
                 (grad_query[rows], pieces[0]),
                 (grad_key[keys], pieces[1]),
                 (grad_value[keys], pieces[2]),
             ):
                 total += piece[0].transpose(0, 1)
-        keys_and_values = (grad_own_key, grad_own_value, grad_key, grad_value)
-        return (None, None, grad_query, *(_per_key_head(x, groups) for x in keys_and_values))
+        return None, None, grad_query, grad_own_key, grad_own_value, grad_key, grad_value
 
 
 @cache
@@ -135,8 +124,8 @@ def attend_flex(
 def attend_plain(layout: BlockLayout, query: Tensor, keys: BlockKeys, *, window: int | None) -> Tensor:
     """:func:`attend_blocks` as it is written in formulas: every score exists."""
     groups = query.shape[1] // keys.own_key.shape[1]
-    key = _per_query_head(torch.cat([keys.own_key, keys.key]), groups)
-    value = _per_query_head(torch.cat([keys.own_value, keys.value]), groups)
+    key = per_query_head(torch.cat([keys.own_key, keys.key]), groups)
+    value = per_query_head(torch.cat([keys.own_value, keys.value]), groups)
     scores = torch.einsum("rnd,jnd->nrj", query, key).float() * query.shape[-1] ** -0.5
     weights = scores.masked_fill(~layout.dense(window), float("-inf")).softmax(-1).to(value.dtype)
     return torch.einsum("nrj,jnd->rnd", weights, value)
@@ -153,6 +142,6 @@ def attend_blocks(layout: BlockLayout, query: Tensor, keys: BlockKeys, *, window
         parts = (keys.own_key, keys.own_value, keys.key, keys.value)
         result: Tensor = _BlockAttention.apply(layout, window, query, *parts)  # type: ignore[no-untyped-call]
         return result
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and query.shape[-1] >= _FLEX_LEAST_HEAD:
         return attend_flex(layout, query, keys, window=window)
     return attend_plain(layout, query, keys, window=window)

@@ -2,8 +2,8 @@
 """Causal attention whose queries also see a few keys of their own row, fused by a log-sum-exp merge.
 
 An unrolled draft attends to T keys of the first pass, causally, and to k keys that belong to its own row only (one
-for each earlier unroll step). The T keys go through torch's fused CPU attention, which also returns the log of its
-softmax's denominator; the own-row terms are merged into output and denominator afterwards. Backward hands the
+for each earlier unroll step). The T keys go through a fused kernel, which also returns the log of its softmax's
+denominator; the own-row terms are merged into output and denominator afterwards. Backward hands the
 *merged* output and denominator to the fused backward: with P = exp(s − lse) and δ = Σ dO·O over the merged values,
 what it computes for the T keys is the exact gradient. The T×(T+k) scores never exist.
 
@@ -19,8 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from specforge_core.modeling.fused_attention import (
+    fused_attention,
+    fused_attention_backward,
+    has_fused_kernel,
+    per_key_head,
+    per_query_head,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,26 +69,13 @@ def _parts(layout: QueryLayout, key: Tensor, value: Tensor) -> list[tuple[Tensor
     return [(key[:, :, : layout.offset], value[:, :, : layout.offset], False), square]
 
 
-def _per_query_head(x: Tensor, groups: int) -> Tensor:
-    """Repeat key heads (dimension 1) for the query heads that share them."""
-    return x if groups == 1 else x.repeat_interleave(groups, dim=1)
-
-
-def _per_key_head(grad: Tensor, groups: int) -> Tensor:
-    """Sum gradients over the query heads that share a key head (dimension 1)."""
-    return grad if groups == 1 else grad.reshape(grad.shape[0], -1, groups, *grad.shape[2:]).sum(2)
-
-
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layout: QueryLayout, query: Tensor, key: Tensor, value: Tensor, *own: Tensor) -> Tensor:
-        groups = query.shape[1] // key.shape[1]
         q_BNQD = layout.spread(query)
         out, lse = None, None
-        for part_key, part_value, causal in _parts(
-            layout, _per_query_head(key, groups), _per_query_head(value, groups)
-        ):
-            o, l = _FUSED(q_BNQD, part_key, part_value, 0.0, causal, attn_mask=layout.mask)
+        for part_key, part_value, causal in _parts(layout, key, value):
+            o, l = fused_attention(q_BNQD, part_key, part_value, causal=causal, mask=layout.mask)
             if out is None or lse is None:
                 out, lse = o, l
                 continue
@@ -103,7 +95,7 @@ class _MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *own = ctx.saved_tensors
         layout: QueryLayout = ctx.layout
-        grad_out, groups = grads[0].contiguous(), query.shape[1] // key.shape[1]
+        grad_out = grads[0].contiguous()
         spread = [layout.spread(x) for x in (grad_out, query, out)]
         lse_BNQ = layout.spread(lse.unsqueeze(-1)).squeeze(-1)
         if layout.rows is not None:  # rows without a query must contribute exp(-inf) = 0, not exp(score − 0)
@@ -113,11 +105,9 @@ class _MergedAttention(torch.autograd.Function):
             lse_BNQ = lse_BNQ.masked_fill(absent_BNQ, 1e30)
         grad_query: Tensor | None = None
         pieces: list[tuple[Tensor, Tensor]] = []
-        for part_key, part_value, causal in _parts(
-            layout, _per_query_head(key, groups), _per_query_head(value, groups)
-        ):
-            dq, dk, dv = _FUSED_BACKWARD(
-                spread[0], spread[1], part_key, part_value, spread[2], lse_BNQ, 0.0, causal, attn_mask=layout.mask
+        for part_key, part_value, causal in _parts(layout, key, value):
+            dq, dk, dv = fused_attention_backward(
+                spread[0], spread[1], part_key, part_value, spread[2], lse_BNQ, causal=causal, mask=layout.mask
             )
             grad_query = dq if grad_query is None else grad_query + dq
             pieces.append((dk, dv))
@@ -128,19 +118,19 @@ class _MergedAttention(torch.autograd.Function):
         if own:
             extra, grad_own = _own_backward(grad_out, query, out, lse, own)
             grad_query = grad_query + extra
-        return (None, grad_query, _per_key_head(grad_key, groups), _per_key_head(grad_value, groups), *grad_own)
+        return (None, grad_query, grad_key, grad_value, *grad_own)
 
 
 def _merge_own(query: Tensor, out: Tensor, lse: Tensor, own: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Add own-row keys to a softmax over the causal keys."""
     groups, scale = query.shape[1] // own[0].shape[1], query.shape[-1] ** -0.5
     keys, values = own[0::2], own[1::2]
-    scores = [torch.linalg.vecdot(query, _per_query_head(k, groups)).float().mul_(scale) for k in keys]
+    scores = [torch.linalg.vecdot(query, per_query_head(k, groups)).float().mul_(scale) for k in keys]
     merged = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
     total = out * (lse - merged).exp().unsqueeze(-1).to(out)
     for score, value in zip(scores, values, strict=True):
         weight = (score - merged).exp().unsqueeze(-1).to(out)
-        total.addcmul_(weight, _per_query_head(value, groups))
+        total.addcmul_(weight, per_query_head(value, groups))
     return total, merged
 
 
@@ -153,13 +143,13 @@ def _own_backward(
     grad_query = torch.zeros_like(query)
     grads: list[Tensor] = []
     for key, value in zip(own[0::2], own[1::2], strict=True):
-        key, value = _per_query_head(key, groups), _per_query_head(value, groups)
+        key, value = per_query_head(key, groups), per_query_head(value, groups)
         weight = torch.linalg.vecdot(query, key).float().mul_(scale).sub_(lse).exp_()
         slope = torch.linalg.vecdot(grad_out, value).float().sub_(delta).mul_(weight).mul_(scale)
         slope = slope.unsqueeze(-1).to(query)
         grad_query.addcmul_(slope, key)
-        grads.append(_per_key_head(slope * query, groups))
-        grads.append(_per_key_head(weight.unsqueeze(-1).to(query) * grad_out, groups))
+        grads.append(per_key_head(slope * query, groups))
+        grads.append(per_key_head(weight.unsqueeze(-1).to(query) * grad_out, groups))
     return grad_query, grads
 
 
@@ -174,7 +164,7 @@ def attend(
     :returns: [R, N, D].
     """
     flat = [tensor for pair in own for tensor in pair]
-    if query.device.type != "cpu":
+    if not has_fused_kernel(query):
         return attend_plain(layout, query, key, value, own=own)
     result: Tensor = _MergedAttention.apply(layout, query, key, value, *flat)  # type: ignore[no-untyped-call]
     return result
@@ -183,19 +173,22 @@ def attend(
 def attend_plain(
     layout: QueryLayout, query: Tensor, key: Tensor, value: Tensor, *, own: Sequence[tuple[Tensor, Tensor]] = ()
 ) -> Tensor:
-    """:func:`attend` as it is written in formulas: every score exists. For other devices, and to compare with."""
+    """:func:`attend` as it is written in formulas: every score exists.
+
+    For devices and head sizes without a fused kernel, and to compare with.
+    """
     groups, scale = query.shape[1] // key.shape[1], query.shape[-1] ** -0.5
     q_BNQD = layout.spread(query)
-    scores = (q_BNQD @ _per_query_head(key, groups).transpose(-1, -2)).float() * scale
+    scores = (q_BNQD @ per_query_head(key, groups).transpose(-1, -2)).float() * scale
     if layout.mask is not None:
         scores = scores + layout.mask
     else:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(layout.offset + 1)
         scores = scores.masked_fill(later, float("-inf"))
-    spread = [[layout.spread(_per_query_head(x, groups)) for x in pair] for pair in own]
+    spread = [[layout.spread(per_query_head(x, groups)) for x in pair] for pair in own]
     extra = [torch.linalg.vecdot(q_BNQD, k).float().unsqueeze(-1) * scale for k, _ in spread]
     weights = torch.softmax(torch.cat([scores, *extra], dim=-1), dim=-1).to(value.dtype)
-    out = weights[..., : key.shape[2]] @ _per_query_head(value, groups)
+    out = weights[..., : key.shape[2]] @ per_query_head(value, groups)
     for step, (_, v) in enumerate(spread):
         out = out + weights[..., key.shape[2] + step].unsqueeze(-1) * v
     return layout.gather(out)
