@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from specforge_core.modeling import fused_attention, fused_attention_backward, per_query_head
+from specforge_core.modeling import Attended, fused_attention, fused_attention_backward, per_query_head
 from torch import Tensor
 
 from specforge_dflash.block_mask import BlockLayout
@@ -75,15 +75,15 @@ class _BlockAttention(torch.autograd.Function):
         layout: BlockLayout = ctx.layout
         grad, window, size = grads[0].contiguous(), ctx.window, layout.block_size
         own_key, own_value, key, value = given
-        blocks = (_blocks(x, size) for x in (grad, query, own_key, own_value, out, lse))
-        own = fused_attention_backward(*blocks, causal=window is not None)
+        attended = Attended(*(_blocks(x, size) for x in (query, own_key, own_value, out, lse)))
+        own = fused_attention_backward(_blocks(grad, size), attended, causal=window is not None)
         grad_query, grad_own_key, grad_own_value = (_rows(x) for x in own)
         grad_query = grad_query.contiguous()
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for part in layout.segments(window):
             rows, keys = part.rows, part.keys
-            operands = (grad[rows], query[rows], key[keys], value[keys], out[rows], lse[rows])
-            pieces = fused_attention_backward(*(_heads(x) for x in operands), mask=part.mask)
+            attended = Attended(*(_heads(x) for x in (query[rows], key[keys], value[keys], out[rows], lse[rows])))
+            pieces = fused_attention_backward(_heads(grad[rows]), attended, mask=part.mask)
             for total, piece in (
                 (grad_query[rows], pieces[0]),
                 (grad_key[keys], pieces[1]),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from specforge_core.modeling.fused_attention import (
+    Attended,
     fused_attention,
     fused_attention_backward,
     has_fused_kernel,
@@ -96,7 +97,7 @@ class _MergedAttention(torch.autograd.Function):
         query, key, value, out, lse, *own = ctx.saved_tensors
         layout: QueryLayout = ctx.layout
         grad_out = grads[0].contiguous()
-        spread = [layout.spread(x) for x in (grad_out, query, out)]
+        spread_grad, spread_query, spread_out = (layout.spread(x) for x in (grad_out, query, out))
         lse_BNQ = layout.spread(lse.unsqueeze(-1)).squeeze(-1)
         if layout.rows is not None:  # rows without a query must contribute exp(-inf) = 0, not exp(score − 0)
             absent = torch.ones(layout.batch * layout.length, dtype=torch.bool, device=lse.device)
@@ -106,9 +107,8 @@ class _MergedAttention(torch.autograd.Function):
         grad_query: Tensor | None = None
         pieces: list[tuple[Tensor, Tensor]] = []
         for part_key, part_value, causal in _parts(layout, key, value):
-            dq, dk, dv = fused_attention_backward(
-                spread[0], spread[1], part_key, part_value, spread[2], lse_BNQ, causal=causal, mask=layout.mask
-            )
+            attended = Attended(spread_query, part_key, part_value, spread_out, lse_BNQ)
+            dq, dk, dv = fused_attention_backward(spread_grad, attended, causal=causal, mask=layout.mask)
             grad_query = dq if grad_query is None else grad_query + dq
             pieces.append((dk, dv))
         assert grad_query is not None

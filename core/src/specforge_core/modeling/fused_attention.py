@@ -11,6 +11,8 @@ Legend: B samples, Q queries, T keys, N query heads, G key heads (N a multiple o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -48,29 +50,34 @@ def fused_attention(
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=mask)
         return out, lse
     efficient = _ATEN._scaled_dot_product_efficient_attention(query, key, value, _bias(mask, query), True, 0.0, causal)
-    return efficient[0], efficient[1][..., : query.shape[2]]
+    return efficient[0], efficient[1].narrow(-1, 0, query.shape[2])
 
 
-def fused_attention_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *,
-    causal: bool = False,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, from ``P = exp(s − lse)`` and ``δ = Σ grad·out``.
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """What an attention read and said.
 
     :param out: [B, N, Q, D], and ``lse`` [B, N, Q]: of these keys alone, or merged with those of other attentions.
     """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def fused_attention_backward(
+    grad: Tensor, attended: Attended, *, causal: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, from ``P = exp(s − lse)`` and ``δ = Σ grad·out``."""
+    query, key, value, out, lse = attended.query, attended.key, attended.value, attended.out, attended.lse
     if _is_flash(query, mask):
-        seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout there is none of
+        # of the dropout that there is none of
+        seed, offset = (torch.empty(size, dtype=torch.uint64, device=query.device) for size in (2, 0))
         lengths = query.shape[2], key.shape[2]
         dq, dk, dv = _ATEN._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, out, lse.contiguous(), None, None, *lengths, 0.0, causal, seed, seed[:0]
+            grad, query, key, value, out, lse.contiguous(), None, None, *lengths, 0.0, causal, seed, offset
         )
         return dq, dk, dv
     groups = query.shape[1] // key.shape[1]
@@ -109,4 +116,4 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
         return None
     length = mask.shape[-1]
     rows = functional.pad(mask.to(query.dtype), (0, -length % _MASK_MULTIPLE))
-    return rows[..., :length].expand(query.shape[0], query.shape[1], -1, -1)
+    return rows.narrow(-1, 0, length).expand(query.shape[0], query.shape[1], -1, -1)
