@@ -12,6 +12,7 @@ from source_tree import Module, core, plugins
 
 STAGES = {
     "prompts",
+    "channel",
     "capture",
     "features",
     "loading",

@@ -178,7 +178,11 @@ def report(**counts: int) -> dict[str, object]:
         ({"answers_cut": 5}, "5 answers were cut short"),
         (
             {"reencoded_alike": 199, "reencoded_otherwise": 1},
-            "0.5 % of rows with token ids of their own encode to",
+            "0.5 % of rows with token ids of their own encode to others: 1 of 200; their own are used",
+        ),
+        (
+            {"reencoded_alike": 1, "reencoded_otherwise": 3},
+            "75 % of rows with token ids of their own encode to others: 3 of 4; is this the target",
         ),
         ({"cut": 9}, "10 % of samples are cut at data.max_length: 9"),
     ],

@@ -343,6 +343,15 @@ def test_too_many_rows_that_cannot_be_used_end_the_run(tmp_path: Path) -> None:
         prepare([write_lines(tmp_path / "y.jsonl", "{")], tmp_path / "three", on_bad_row="skip")
 
 
+def test_what_was_served_may_end_before_the_template_does(tmp_path: Path) -> None:
+    ids = TinyTokenizer().encode("<|bos|><|turn|>user\nhi<|end|><|turn|>assistant\nthe draft<|end|>").input_ids
+    served = [{"input_ids": part, "loss_mask": [1] * len(part)} for part in (ids, ids[:-1], ids[:-3])]
+    rows = [{**row, "messages": TALK, "regeneration": {"ending": "cut"}} for row in served]
+    rows.append({"input_ids": [*ids[:-1], 7], "loss_mask": [1] * len(ids), "messages": TALK})
+    [report] = prepare_tiny(write_lines(tmp_path / "a.jsonl", *rows), tmp_path / "set").report
+    assert (report["counts"], report["unused"]) == ({"reencoded_alike": 3, "reencoded_otherwise": 1}, {})
+
+
 def test_no_rejects_no_file(tmp_path: Path) -> None:
     prepare([write_lines(tmp_path / "a.jsonl", TOKENS)], tmp_path / "set", on_bad_row="skip")
     assert not (tmp_path / "set" / "rejects.jsonl").exists()

@@ -33,8 +33,8 @@ COUNTS: Mapping[str, str] = {
     "tools_lost": "rows whose tools the template leaves out",
     "tool_calls": "tool calls that are trained",
     "texts_lost": "texts of system, user or tool that the template leaves out",
-    "reencoded_alike": "rows with token ids of their own that encoding their conversation gives too",
-    "reencoded_otherwise": "rows with token ids of their own that encoding their conversation does not give",
+    "reencoded_alike": "rows with token ids of their own that encoding their conversation begins with",
+    "reencoded_otherwise": "rows with token ids of their own that encoding their conversation does not begin with",
 }
 """What may be counted of a sample, and what that means."""
 
@@ -164,9 +164,11 @@ def _losses(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"{counts['answers_cut']} answers were cut short by their server, and are not trained"
     if counts["reencoded_otherwise"]:
         checked = counts["reencoded_otherwise"] + counts["reencoded_alike"]
+        most = 2 * counts["reencoded_otherwise"] > checked
         yield (
             f"{_share(counts['reencoded_otherwise'], checked)} of rows with token ids of their own encode to others: "
-            f"{counts['reencoded_otherwise']} of {checked}; is this the target that made them?"
+            f"{counts['reencoded_otherwise']} of {checked}; "
+            + ("is this the target that made them?" if most else "their own are used, as the target wrote them")
         )
 
 

@@ -161,14 +161,18 @@ class RowEncoder:
         return self._conversations().encode(row.conversation, where=row.where), counts
 
     def _gives(self, row: SourceRow) -> bool:
-        """Whether encoding the row's conversation gives the tokens that the row says it is."""
+        """Whether encoding the row's conversation gives the tokens that the row says it is.
+
+        Those of a served answer may end sooner: with its last token, where the template goes on.
+        """
         if row.conversation is None:
             return False
         try:
             encoded = self._conversations().encode(row.conversation, where=row.where)
         except DataError:
             return False
-        return bool(encoded) and list(encoded[-1].input_ids) == list(row.input_ids[: self._settings.max_length])
+        own = list(row.input_ids[: self._settings.max_length])
+        return bool(encoded) and list(encoded[-1].input_ids[: len(own)]) == own
 
     def _check_vocabulary(self, prompt: EncodedPrompt, row: SourceRow) -> None:
         if max(prompt.input_ids) >= self._work.vocab_size:

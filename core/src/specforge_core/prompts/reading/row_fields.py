@@ -44,6 +44,8 @@ ROW_KEYS = tuple(
     )
 )
 """Every key of a row that something may be made of, as the stage calls it."""
+REGENERATION_KEY = "regeneration"
+"""What ``regenerate`` says of how a row's answers were made; nothing is made of it here."""
 _SHOWN_CHARACTERS = 200
 
 
@@ -94,7 +96,8 @@ class Fields:
         return f"{self.where}: {self._mapping.get(key, key)}"
 
     def unused(self) -> set[str]:
-        return {key for key, value in self._content.items() if value is not None and key not in self._used}
+        known = {*self._used, REGENERATION_KEY}
+        return {key for key, value in self._content.items() if value is not None and key not in known}
 
     def names(self) -> str:
         """The row's own keys, as a message shows them."""

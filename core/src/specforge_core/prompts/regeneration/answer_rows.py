@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from specforge_core.prompts.reading.row_fields import REGENERATION_KEY
 from specforge_core.prompts.regeneration.dialogue import Dialogue, MadeAnswer
 
 
@@ -35,7 +36,7 @@ def make_rows(prompt_id: str, dialogue: Dialogue, arguments: Mapping[str, Any]) 
     rows = [_row(prompt_id, dialogue, arguments, served=None)] if not served else []
     for number, part in enumerate(served, start=1):
         rows.append(_row(prompt_id if number == 1 else f"{prompt_id}.{number}", dialogue, arguments, served=part))
-    rows[-1]["regeneration"] = {"ending": dialogue.ending, "answers": [_describe(item) for item in dialogue.made]}
+    rows[-1][REGENERATION_KEY] = {"ending": dialogue.ending, "answers": [_describe(item) for item in dialogue.made]}
     return rows
 
 

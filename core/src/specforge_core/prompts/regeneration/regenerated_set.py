@@ -20,6 +20,7 @@ from typing import Any
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import describe_file, open_regular, read_json_object, sync_directory
 from specforge_core.contracts.redaction import show_value
+from specforge_core.prompts.reading.row_fields import REGENERATION_KEY
 from specforge_core.prompts.regeneration.dialogue import ENDINGS
 
 FORMAT = 1
@@ -55,7 +56,7 @@ class RegenerationReport:
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """One conversation's rows."""
-        about = rows[-1]["regeneration"]
+        about = rows[-1][REGENERATION_KEY]
         self.conversations += 1
         self.rows += len(rows)
         self.with_ids += "input_ids" in rows[-1]
