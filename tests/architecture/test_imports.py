@@ -30,6 +30,8 @@ ALLOWED = {
     "hooks": {"contracts", "config"},
     "testing": {"contracts", "modeling", "config", "hooks", "VouchedStore"},  # the last as every plugin may
     **{stage: {"contracts", "modeling"} for stage in STAGES},
+    # Its record files and locks are still those of the channel that it is to replace.
+    "channel": {"contracts", "modeling", "features"},
 }
 CONNECT = {"run", "cli"}
 OPEN_TO_PLUGINS = {"contracts", "modeling", "testing"}

@@ -16,7 +16,7 @@ from specforge_core.features.record_file import Record, RecordTail, append_whole
 
 
 class SharedLog:
-    """``read`` and ``append`` belong inside ``locked``. Nothing is synced.
+    """``read`` and ``append`` belong inside ``locked``.
 
     :raises ChannelError: the file cannot be written.
     """
@@ -63,15 +63,17 @@ class SharedLog:
         while records := self._tail.read():
             yield from records
 
-    def append(self, frames: Sequence[bytes], *, version: bytes) -> None:
+    def append(self, frames: Sequence[bytes], *, version: bytes, durable: bool = False) -> None:
         """Append after everything was read. An empty file gets ``version`` first.
+
+        :param durable: with everything before it, it outlives the machine.
 
         :raises ChannelError: no room on the disk; the file is as it was.
         """
         end = self._tail.offset
         if os.fstat(self._file.fileno()).st_size > end:  # whoever wrote this died in mid-append
             os.ftruncate(self._file.fileno(), end)
-        append_whole(self._file, b"".join([*([] if end else [version]), *frames]), size=end, durable=False)
+        append_whole(self._file, b"".join([*([] if end else [version]), *frames]), size=end, durable=durable)
 
     def close(self) -> None:
         with self._thread_lock:
