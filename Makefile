@@ -11,7 +11,7 @@ BIN    := $(VENV)/bin
 
 help:
 	@echo "make setup   everything of this repository, editable, into $(VENV)"
-	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (under 8 minutes)"
+	@echo "make demo    set up, train a small target and an EAGLE-3 draft, bench and report (about 8 minutes)"
 	@echo "make compare train and bench every strategy on the demo target, side by side"
 	@echo "make test    set up, start the servers the tests need, run every test"
 	@echo "make chaos   200 faults, seeded, against runs over files and over Mooncake and Redis (SEED=7 FAULTS=200)"

@@ -84,7 +84,8 @@ class FileQueue(CaptureQueue):
         self._files.require_joined(worker)
 
         def take() -> NumberedLease | None:
-            self._drop_dead()
+            if not self._book.has_free:
+                self._drop_dead()
             return self._append("T", worker) if self._book.has_free else None
 
         return self._when(take, timeout)
@@ -110,8 +111,10 @@ class FileQueue(CaptureQueue):
 
     def results(self, after: int, timeout: float) -> Results:
         def look() -> list[Finished[RefsAt]]:
-            self._drop_dead()
-            return self._book.results(after)[:_RESULTS_AT_ONCE]
+            found = self._book.results(after)[:_RESULTS_AT_ONCE]
+            if not found:
+                self._drop_dead()
+            return found
 
         found = self._when(look, timeout)
         with self._call():
@@ -149,7 +152,7 @@ class FileQueue(CaptureQueue):
         self._log.close()
 
     def _drop_dead(self) -> None:
-        """Bring back what members held that are dead, or stand still."""
+        """Bring back what members held that are dead, or stand still; where there is nothing else to be had."""
         now = time.monotonic()
         if now - self._looked < _LOOK_SECONDS:
             return
@@ -174,8 +177,11 @@ class FileQueue(CaptureQueue):
 
     @contextmanager
     def _call(self) -> Iterator[None]:
-        """Alone with the log, and everything in it is in the book."""
-        with self._log.locked():
+        """Alone with the log, and everything in it is in the book.
+
+        Most news are read before the log is locked, so that many workers keep it locked for a moment each.
+        """
+        with self._log.locked(before=self._catch_up):
             self._catch_up()
             yield
 

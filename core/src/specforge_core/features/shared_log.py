@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,14 +39,16 @@ class SharedLog:
         return lock_domain(self._file)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *, before: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Alone with the file.
 
+        :param before: done with no other thread of this object, before the file is locked; it may ``read``.
         :raises ChannelError: it was closed, or others kept it locked for too long.
         """
         with self._thread_lock:
             if self._closed:
                 raise ChannelError("was closed here", where=str(self._path))
+            before()
             if not lock_file(self._file, seconds=self._lock_seconds):
                 raise ChannelError(
                     f"another process has kept it locked for {self._lock_seconds:.0f} s",
