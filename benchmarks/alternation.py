@@ -22,6 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from quiet import say_whether_quiet
+
 Step = Callable[[str], float]
 """One training step in a mode; gives its loss."""
 
@@ -57,6 +59,7 @@ def run(benchmark: StepBenchmark, parser: argparse.ArgumentParser) -> None:
     if options.worker:
         work(benchmark.sides[options.worker], options)
         return
+    say_whether_quiet()
     results = []
     for mode in options.mode or benchmark.modes:
         results.append(measure(benchmark, mode, options))

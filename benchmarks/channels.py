@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quiet import say_whether_quiet
 from specforge_core.contracts import CaptureRequest, PartContext, RefChannel, SampleRef, sample_id, sign
 
 BATCH = 256
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("channels", nargs="*", metavar="CHANNEL", default=["file", "redis"])
     parser.add_argument("--directory", type=Path, help="for files; default: the system's temporary directory")
     options = parser.parse_args()
+    say_whether_quiet()
     for name in options.channels:
         print(f"channel {name}")
         found = compare_redis() if name == "redis" else compare_files(options.directory or Path(tempfile.gettempdir()))

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+from quiet import say_whether_quiet
+
 BASELINE = [sys.executable, "-c", "import typer, pydantic"]
 SPECFORGE = [sys.executable, "-m", "specforge_core.cli.main"]
 COMMANDS = {"specforge --help": [*SPECFORGE, "--help"], "specforge plugins": [*SPECFORGE, "plugins"]}
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--limit", type=float, default=1.5)
     options = parser.parse_args()
+    say_whether_quiet()
     commands = {"import typer, pydantic": BASELINE, **COMMANDS}
     times: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(options.rounds):

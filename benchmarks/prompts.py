@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from quiet import say_whether_quiet
+
 WORDS = [
     *("the", "draft", "proposes", "several", "tokens", "and", "target", "checks", "them"),
     *("in", "one", "pass", "so", "output", "stays", "exactly", "what", "it"),
@@ -203,6 +205,7 @@ def main() -> None:
         directory = Path(temporary)
         model = options.model or make_tokenizer(directory / "model")
         if options.rounds:
+            say_whether_quiet()
             measure_speed(model, directory, rows=options.rows, rounds=options.rounds)
         for rows in options.memory_rows:
             for workers in (1, 2):

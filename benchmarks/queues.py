@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from quiet import say_whether_quiet
 from specforge_core.channel.file_queue import FileQueue
 from specforge_core.contracts import CaptureBatch, CaptureRequest, SampleRef, sample_id
 
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--refs", type=int, default=32)
     parser.add_argument("--directory", type=Path, nargs="*", default=[Path("/dev/shm"), Path.cwd()])
     options = parser.parse_args()
+    say_whether_quiet()
     for place in options.directory:
         for workers in options.workers:
             with tempfile.TemporaryDirectory(dir=place, prefix="queue-") as directory:

@@ -24,6 +24,7 @@ from pathlib import Path
 import channels
 import mooncake_store
 from alternation import Side
+from quiet import say_whether_quiet
 
 Step = Callable[[], dict[str, float]]
 Times = Mapping[str, float]
@@ -303,6 +304,7 @@ def main() -> None:
     unknown = set(options.sections) - set(known)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; sections are {', '.join(known)}")
+    say_whether_quiet()
     places = options.directory or [Path("/dev/shm"), Path(tempfile.gettempdir())]
     for name in options.sections or known:
         for directory in places if name in ON_DISK_OR_NOT else places[:1]:

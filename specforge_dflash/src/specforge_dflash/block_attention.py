@@ -38,7 +38,7 @@ class BlockKeys:
 
 def _blocks(x: Tensor, block_size: int) -> Tensor:
     """[R, N, ...] → [M, N, K, ...]."""
-    return x.unflatten(0, (-1, block_size)).transpose(1, 2)
+    return x.reshape(-1, block_size, *x.shape[1:]).transpose(1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:

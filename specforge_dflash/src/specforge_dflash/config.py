@@ -7,7 +7,7 @@ block-parallel draft shares is :class:`BlockDraftConfig`; a strategy that builds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,7 +15,7 @@ from pydantic import Field
 from specforge_core import OptimizerDefaults, StrategyConfig
 from specforge_core.contracts import CaptureRequest, ConfigError, TargetInfo
 
-RopeParameters = Mapping[str, "float | int | str | list[float] | tuple[float, ...]"]
+RopeParameters = Mapping[str, "float | int | str | Sequence[float]"]
 LayerType = Literal["full_attention", "sliding_attention"]
 MAX_BLOCK_SIZE = 256
 """The largest block that is trained and believed of an export: servers verify 16 tokens; a block costs its square."""

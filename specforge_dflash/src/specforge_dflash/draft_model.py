@@ -156,7 +156,8 @@ class DflashDraft(nn.Module):
             (anchor_tokens_M.shape[0], self.shape.block_size), self.shape.mask_token_id
         )
         tokens_MK[:, 0] = anchor_tokens_M
-        return self.embed_tokens(tokens_MK.flatten())
+        embedded: Tensor = self.embed_tokens(tokens_MK.flatten())
+        return embedded
 
     def trained_states(self, aux_BTLA: Tensor, blocks: PackedBlocks) -> Tensor:
         """What the head reads at every trained slot: [E, H]."""

@@ -6,7 +6,7 @@ Read by ``specforge plan``: no torch here. The shape also travels in the export'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from pydantic import Field
 from specforge_core import OptimizerDefaults, StrategyConfig
 from specforge_core.contracts import CaptureRequest, ConfigError, Norm, TargetInfo
 
-RopeParameters = Mapping[str, "float | int | str | list[float] | tuple[float, ...]"]
+RopeParameters = Mapping[str, "float | int | str | Sequence[float]"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,7 +80,7 @@ class Eagle3Drafter(Drafter):
 
     @torch.no_grad()
     def propose(self, max_tokens: int) -> Tensor:
-        draft, guesses = self._draft, []
+        draft, guesses = self._draft, list[Tensor]()
         if self._state_1H is None or self._query_1ND is None:
             raise ValueError("propose needs an extend before it")
         state_1H, query_1ND = self._state_1H, self._query_1ND

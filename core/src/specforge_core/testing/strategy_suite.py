@@ -112,7 +112,7 @@ class StrategySuite(ContractSuite):
             output = strategy.loss(draft, batch, context)
             loss = torch.stack([t.weight * t.numerator / denominators[t.denominator] for t in output.terms]).sum()
             if torch.is_grad_enabled():
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             total += loss.item()
             positions = {f"position {k}": ratio for k, ratio in enumerate(output.position_accuracy)}
             ratios.append({**output.metrics, **positions})

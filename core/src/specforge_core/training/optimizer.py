@@ -35,9 +35,7 @@ class DraftOptimizer:
         self.masters = {name: _master(parameter) for name, parameter in self._trained.items()}
         for name, parameter in self._trained.items():
             if self.masters[name] is not parameter:
-                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                    partial(_collect, self.masters[name])
-                )
+                parameter.register_post_accumulate_grad_hook(partial(_collect, self.masters[name]))
         # fused: one pass over each tensor, several times faster than the others on CPU, and deterministic
         self._adamw = torch.optim.AdamW(
             list(self.masters.values()), lr=0.0, betas=_BETAS, eps=_EPS, weight_decay=weight_decay, fused=True

@@ -93,7 +93,7 @@ class WindowStep:
             output = self.strategy.loss(self.draft, batch.to(self.device), ctx)
             loss = weigh(output.terms, ctx.denominators)
             if loss is not None and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             counts.add(output, loss=0.0 if loss is None else float(loss.detach()))
         total = counts.over_ranks(self.parallelism)
         gradients = self.optimizer.gradients()

@@ -16,13 +16,16 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from specforge_core.contracts import GeneratedAnswer, GenerationRequest, GenerationSettings, TargetInfo
 from torch import Tensor, nn
 
 from specforge_hf_target.model_files import running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(slots=True)
@@ -44,7 +47,7 @@ class HfAnswers:
     answers_together = True
 
     def __init__(
-        self, load: Callable[[], nn.Module], info: TargetInfo, *, stop_token_ids: Collection[int], batch_size: int
+        self, load: Callable[[], PreTrainedModel], info: TargetInfo, *, stop_token_ids: Collection[int], batch_size: int
     ):
         self._load = load
         self._info = info
@@ -117,7 +120,7 @@ class _Batch:
     """Answers that are made together."""
 
     def __init__(
-        self, model: nn.Module, answers: Sequence[_Answer], settings: GenerationSettings, *, stop: Collection[int]
+        self, model: PreTrainedModel, answers: Sequence[_Answer], settings: GenerationSettings, *, stop: Collection[int]
     ) -> None:
         from transformers import DynamicCache
 

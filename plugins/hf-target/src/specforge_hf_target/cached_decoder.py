@@ -6,12 +6,17 @@ Shapes: n new tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from specforge_core.contracts import CaptureRequest, TargetDecoder, TargetError, TargetInfo, TargetStep
-from torch import Tensor, nn
+from torch import Tensor
 
 from specforge_hf_target.decoder_layers import FeatureCollector, find_decoder, find_layers
 from specforge_hf_target.model_files import running
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -19,7 +24,7 @@ _REWINDABLE = {"full_attention", "sliding_attention", "chunked_attention"}
 class HfTargetDecoder(TargetDecoder):
     """Appends tokens to a cache and can forget the last ones again."""
 
-    def __init__(self, model: nn.Module, request: CaptureRequest, info: TargetInfo):
+    def __init__(self, model: PreTrainedModel, request: CaptureRequest, info: TargetInfo):
         from transformers import DynamicCache
 
         kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())

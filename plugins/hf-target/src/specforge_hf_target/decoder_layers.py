@@ -6,15 +6,19 @@ Shapes: B batch, T tokens, L captured layers, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from specforge_core.contracts import AUX_HIDDEN_STATES, LAST_HIDDEN_STATES, CaptureRequest, TargetError, TargetInfo
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def find_decoder(model: nn.Module, info: TargetInfo) -> nn.Module:
+
+def find_decoder(model: PreTrainedModel, info: TargetInfo) -> nn.Module:
     """The part of a causal language model that turns token ids into hidden states: final norm included, head not.
 
     :raises TargetError: the model has no such part.
@@ -26,7 +30,7 @@ def find_decoder(model: nn.Module, info: TargetInfo) -> nn.Module:
             where=f"target {info.name_or_path}",
             hint="only causal language models can be targets",
         )
-    decoder = model.get_decoder()
+    decoder: nn.Module = model.get_decoder()
     if decoder is model or any(module is head for module in decoder.modules()):
         decoder = model.base_model
     if decoder is model or any(module is head for module in decoder.modules()):
@@ -79,8 +83,8 @@ class FeatureCollector:
     last layer, ``post`` the output of the decoder.
     """
 
-    def __init__(self, decoder: nn.Module, layers: Sequence[nn.Module], request: CaptureRequest, info: TargetInfo):
-        self._decoder, self._layers, self._request, self._info = decoder, layers, request, info
+    def __init__(self, decoder: nn.Module, layers: Iterable[nn.Module], request: CaptureRequest, info: TargetInfo):
+        self._decoder, self._layers, self._request, self._info = decoder, list(layers), request, info
         self._dtype: torch.dtype = getattr(torch, request.dtype)
         self._aux_BTLH: Tensor | None = None
         self._last_BTH: Tensor | None = None
@@ -117,8 +121,8 @@ class FeatureCollector:
             raise _unknown(self._info, f"its forward pass gave no {what}")
         return batch[row, :num_tokens].to("cpu", copy=True).contiguous()
 
-    def _aux_hook(self, slots: list[int]):
-        def copy(module: nn.Module, args: object, output: object) -> None:
+    def _aux_hook(self, slots: list[int]) -> Callable[[nn.Module, object, Any], None]:
+        def copy(module: nn.Module, args: object, output: Any) -> None:
             hidden_BTH = self._hidden(output)
             if self._aux_BTLH is None:
                 batch, tokens, hidden = hidden_BTH.shape
@@ -129,10 +133,10 @@ class FeatureCollector:
 
         return copy
 
-    def _last_hook(self, module: nn.Module, args: object, output: object) -> None:
+    def _last_hook(self, module: nn.Module, args: object, output: Any) -> None:
         self._last_BTH = self._hidden(output).to(self._dtype, copy=True)
 
-    def _hidden(self, output: object) -> Tensor:
+    def _hidden(self, output: Any) -> Tensor:
         hidden = output if isinstance(output, Tensor) else output[0]
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[-1] != self._info.hidden_size:
             raise _unknown(self._info, "its layers do not put out hidden states [batch, tokens, hidden]")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from specforge_core.contracts import (
@@ -34,13 +35,16 @@ from specforge_hf_target.frozen_weights import PARAMETERS_PER_BYTE, count_weight
 from specforge_hf_target.model_files import check_text_files, first_line, locate_file, refusing, running
 from specforge_hf_target.progress_bars import without_progress_bars
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class HfTargetEngine(TargetEngine):
     """See the module. Nothing but ``config.json`` is read before the first ``capture`` or ``decoder``."""
 
     def __init__(self, config: HfTargetConfig):
         self._config = config
-        self._model: nn.Module | None = None
+        self._model: PreTrainedModel | None = None
 
     @cached_property
     def info(self) -> TargetInfo:
@@ -88,7 +92,7 @@ class HfTargetEngine(TargetEngine):
     def close(self) -> None:
         self._model = None
 
-    def _load(self) -> nn.Module:
+    def _load(self) -> PreTrainedModel:
         if self._model is None:
             _check_device(self._config.device)
             self._model = load_model(self._config, self.info)
@@ -108,7 +112,7 @@ class HfTargetEngine(TargetEngine):
                 )
 
 
-def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
+def load_model(config: HfTargetConfig, info: TargetInfo) -> PreTrainedModel:
     """The whole model, frozen, in evaluation mode, on its device.
 
     :raises TargetError: transformers does not know it, or its weights are missing or of another shape.
@@ -127,7 +131,7 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
     hint = "check its files; update transformers; set target.trust_remote_code if it brings its own code"
     with refusing(f"transformers cannot load {info.architecture}", where=where, hint=hint), without_progress_bars():
         _check_claims(config, stored_bytes)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        answer: Any = AutoModelForCausalLM.from_pretrained(
             config.path,
             revision=config.revision,
             dtype=getattr(torch, info.dtype),
@@ -137,6 +141,8 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
             ignore_mismatched_sizes=True,  # else its error does not say which
             output_loading_info=True,
         )
+        model: PreTrainedModel = answer[0]
+        loaded: dict[str, Any] = answer[1]
     if loaded["missing_keys"]:  # transformers fills these with random numbers and only warns
         raise TargetError(
             f"its files lack {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them",
@@ -151,7 +157,8 @@ def load_model(config: HfTargetConfig, info: TargetInfo) -> nn.Module:
             where=where,
             hint="the weights and config.json are of different models",
         )
-    return model.to(config.device).eval().requires_grad_(False)
+    nn.Module.to(model, config.device).eval().requires_grad_(False)
+    return model
 
 
 def _check_claims(config: HfTargetConfig, stored_bytes: int) -> None:

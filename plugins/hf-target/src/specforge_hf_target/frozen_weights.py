@@ -162,7 +162,8 @@ class _WeightFiles:
                     where=f"target {self._config.path}: {file_of[key]}",
                     hint="the weights and config.json are of different models",
                 )
-            return file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
 
     def locate(self, name: str) -> Path:
         path = locate_file(self._config.path, name, revision=self._config.revision)

@@ -99,7 +99,7 @@ class HfChatTokenizer:
             return _EncodedText(self._encoder.encode(text, add_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(token_ids))
+        return str(self._tokenizer.decode(list(token_ids)))
 
     def _template_for(self, tools: object) -> str:
         """The template for conversations with or without tools, where the tokenizer has several."""

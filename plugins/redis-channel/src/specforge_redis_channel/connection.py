@@ -85,7 +85,7 @@ class RedisConnection:
         # Shorter than a lease: a call that outlasts a server's standstill must not judge by heartbeats that stood too.
         seconds = min(_CALL_SECONDS, config.lease_seconds / 2)
         try:
-            options = parse_url(config.url) | {  # type: ignore[no-untyped-call]
+            options = parse_url(config.url) | {
                 "protocol": 2,
                 "decode_responses": False,
                 "retry": Retry(NoBackoff(), 0),
