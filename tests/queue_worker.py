@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from specforge_core.channel.file_queue import FileQueue
-from specforge_core.testing.capture_queue_suite import make_refs
+from specforge_core.testing.queue_under_test import make_refs
 
 TIMEOUT_SECONDS = 5.0
 

@@ -40,7 +40,7 @@ KINDS = {
 SECTIONS: list[tuple[str, list[tuple[str, str]]]] = [
     ("Hooks", [("hooks/specs.py", "*functions")]),
     ("Descriptors", [("hooks/descriptors.py", "*classes")]),
-    ("Sections of the run file", [("config/sections.py", "*classes")]),
+    ("Sections of the run file", [("hooks/sections.py", "*classes")]),
     ("Records", [("contracts/records.py", "*classes"), ("contracts/metrics.py", "*classes")]),
     ("Strategies", [("contracts/strategy.py", "*classes")]),
     ("Decoding", [("contracts/decoding.py", "*classes")]),

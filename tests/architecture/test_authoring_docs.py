@@ -42,6 +42,6 @@ def test_shown_code_parses_and_imports_what_there_is(page: Path) -> None:
 
 
 def test_every_kind_of_part_has_a_page() -> None:
-    from specforge_core.hooks.discovery import KINDS
+    from specforge_core.hooks.kinds import KINDS
 
     assert {page.stem for page in (DOCS / "how-to").glob("*.md")} >= set(KINDS) - {"strategy"}  # that is the tutorial

@@ -27,7 +27,7 @@ ALLOWED = {
     "contracts": set(),
     "modeling": {"contracts"},
     "config": {"contracts", "hooks"},
-    "hooks": {"contracts", "config"},
+    "hooks": {"contracts"},
     "testing": {"contracts", "modeling", "config", "hooks", "VouchedStore"},  # the last as every plugin may
     **{stage: {"contracts", "modeling"} for stage in STAGES},
     # Its record files and locks are still those of the channel that it is to replace.

@@ -18,7 +18,7 @@ import queue_worker
 from specforge_core.channel.file_queue import FileQueue
 from specforge_core.contracts import ChannelError
 from specforge_core.contracts.capture_queue import Ending
-from specforge_core.testing.capture_queue_suite import make_batch, make_refs
+from specforge_core.testing.queue_under_test import make_batch, make_refs
 
 BATCHES, WORKERS, KILLS = 120, 4, 12
 DEADLINE_SECONDS = 120.0
@@ -74,6 +74,27 @@ def finish_one(queue: FileQueue) -> None:
     assert lease is not None
     assert queue.finish(lease, make_refs(lease))
     with_member.close()
+
+
+def test_a_member_that_was_taken_for_dead_goes_on(tmp_path: Path) -> None:
+    with opened(tmp_path) as queue, opened(tmp_path) as others:
+        slow, quick = queue.join("slow"), others.join("quick")
+        queue.offer([make_batch(0), make_batch(1)])
+        lost = queue.take("slow", 1.0)
+        assert lost is not None
+        with others._call():
+            others._append("D", "slow")
+        held = others.take("quick", 1.0)
+        assert held is not None
+        assert held.batch == lost.batch
+        assert not queue.finish(lost, make_refs(lost))
+        again = queue.take("slow", 1.0)
+        assert again is not None
+        assert queue.finish(again, make_refs(again))
+        assert others.finish(held, make_refs(held))
+        assert others.results(0, 0.0).members == {"slow", "quick"}
+        slow.close()
+        quick.close()
 
 
 def test_what_was_not_appended_whole_never_was(tmp_path: Path) -> None:

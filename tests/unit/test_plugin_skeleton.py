@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pytest
 import specforge_core
-from specforge_core.cli.plugin_skeleton import KINDS, write_skeleton
+from specforge_core.cli.plugin_skeleton import write_skeleton
 from specforge_core.contracts import ConfigError, PluginError
-from specforge_core.hooks.discovery import GROUPS
+from specforge_core.hooks.kinds import KIND_OF_GROUP, PARTS
 
 RUFF = ["--isolated", "--line-length", "120", "--target-version", "py311", "--no-cache"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTS)
 def test_every_kind_is_a_distribution_with_its_entry_point(tmp_path: Path, kind: str) -> None:
     made = write_skeleton("two-words", kind, tmp_path / "made")
     project = tomllib.loads((made.directory / "pyproject.toml").read_text())["project"]
     assert project["name"] == made.distribution
     [(group, points)] = project["entry-points"].items()
-    assert GROUPS[group] == kind
+    assert KIND_OF_GROUP[group] == kind
     [(name, value)] = points.items()
     assert name == "two-words"
     module = made.directory / "src" / Path(*value.split(".")).with_suffix(".py")
@@ -33,7 +33,7 @@ def test_every_kind_is_a_distribution_with_its_entry_point(tmp_path: Path, kind:
     assert (made.directory / "README.md").is_file()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTS)
 def test_what_is_written_is_whole_and_tidy(tmp_path: Path, kind: str) -> None:
     made = write_skeleton("mine", kind, tmp_path)
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == list(made.files)
@@ -50,7 +50,7 @@ def test_what_is_written_is_whole_and_tidy(tmp_path: Path, kind: str) -> None:
         assert ended.returncode == 0, ended.stdout
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTS)
 def test_the_suites_subclass_is_six_lines(tmp_path: Path, kind: str) -> None:
     """Head and docstring apart."""
     made = write_skeleton("mine", kind, tmp_path)
@@ -60,7 +60,7 @@ def test_the_suites_subclass_is_six_lines(tmp_path: Path, kind: str) -> None:
     assert sum(node.end_lineno - node.lineno + 1 for node in body) <= 6
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PARTS)
 def test_only_what_is_open_to_plugins_is_imported(tmp_path: Path, kind: str) -> None:
     made = write_skeleton("mine", kind, tmp_path)
     for path in (path for path in made.files if path.suffix == ".py"):

@@ -11,14 +11,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specforge_core.config.sections import (
-        FeatureStoreConfig,
-        OptimizerDefaults,
-        RefChannelConfig,
-        Section,
-        StrategyConfig,
-        TargetEngineConfig,
-    )
     from specforge_core.features.contents import VouchedStore
     from specforge_core.features.ref_codec import RefDecoder, RefEncoder
     from specforge_core.hooks.descriptors import (
@@ -28,15 +20,23 @@ if TYPE_CHECKING:
         StrategySpec,
         TargetEngineSpec,
     )
+    from specforge_core.hooks.sections import (
+        FeatureStoreConfig,
+        OptimizerDefaults,
+        RefChannelConfig,
+        Section,
+        StrategyConfig,
+        TargetEngineConfig,
+    )
     from specforge_core.hooks.specs import hookimpl
 
 _PUBLIC = {
-    "FeatureStoreConfig": "config.sections",
-    "OptimizerDefaults": "config.sections",
-    "RefChannelConfig": "config.sections",
-    "Section": "config.sections",
-    "StrategyConfig": "config.sections",
-    "TargetEngineConfig": "config.sections",
+    "FeatureStoreConfig": "hooks.sections",
+    "OptimizerDefaults": "hooks.sections",
+    "RefChannelConfig": "hooks.sections",
+    "Section": "hooks.sections",
+    "StrategyConfig": "hooks.sections",
+    "TargetEngineConfig": "hooks.sections",
     "RefDecoder": "features.ref_codec",
     "RefEncoder": "features.ref_codec",
     "VouchedStore": "features.contents",

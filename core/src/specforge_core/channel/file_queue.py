@@ -23,7 +23,7 @@ from specforge_core.channel.queue_book import Finished, QueueBook
 from specforge_core.channel.queue_files import FileMembership, MemberFiles, RefsAt
 from specforge_core.channel.queue_records import VERSION_FRAME, Replay, batches_as_json, ending_as_json
 from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef, check_metadata_only
-from specforge_core.contracts.capture_queue import CaptureQueue, Ending, NumberedLease, Result, Results
+from specforge_core.contracts.capture_queue import CaptureQueue, Ending, NumberedLease, Result, Results, check_offer
 from specforge_core.features.record_file import frame
 from specforge_core.features.shared_log import SharedLog
 
@@ -75,6 +75,7 @@ class FileQueue(CaptureQueue):
                 self._append("L", name)
 
     def offer(self, batches: Sequence[CaptureBatch], *, above: int = 0) -> None:
+        check_offer(batches, above)
         with self._call():
             for first in range(0, max(len(batches), 1), _OFFERED_PER_RECORD):
                 part = batches[first : first + _OFFERED_PER_RECORD]
@@ -84,6 +85,8 @@ class FileQueue(CaptureQueue):
         self._files.require_joined(worker)
 
         def take() -> NumberedLease | None:
+            if worker not in self._replay.members:  # it stood still, was taken for dead, and goes on
+                self._append("J", [worker, self._log.domain])
             if not self._book.has_free:
                 self._drop_dead()
             return self._append("T", worker) if self._book.has_free else None
@@ -101,6 +104,7 @@ class FileQueue(CaptureQueue):
             return True
 
     def give_back(self, lease: NumberedLease, *, instead: Sequence[CaptureBatch] = ()) -> None:
+        check_offer(instead, 0)
         with self._call():
             if self._book.holds(lease):
                 self._append("G", [lease.number, lease.worker, batches_as_json(instead)])

@@ -9,7 +9,15 @@ from typing import TypeVar
 
 from specforge_core.channel.queue_book import QueueBook
 from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef, check_metadata_only
-from specforge_core.contracts.capture_queue import CaptureQueue, Ending, Membership, NumberedLease, Result, Results
+from specforge_core.contracts.capture_queue import (
+    CaptureQueue,
+    Ending,
+    Membership,
+    NumberedLease,
+    Result,
+    Results,
+    check_offer,
+)
 
 T = TypeVar("T")
 
@@ -39,6 +47,7 @@ class MemoryQueue(CaptureQueue):
             self._changed.notify_all()
 
     def offer(self, batches: Sequence[CaptureBatch], *, above: int = 0) -> None:
+        check_offer(batches, above)
         with self._changed:
             self._book.offer(batches, above=above)
             self._changed.notify_all()

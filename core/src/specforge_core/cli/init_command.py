@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
-    from specforge_core.hooks.discovery import Kind
+    from specforge_core.hooks.kinds import Kind
     from specforge_core.hooks.manager import PluginRegistry
 
 _HEAD = """\
@@ -72,7 +72,7 @@ def write_starter(registry: PluginRegistry, path: Path) -> str:
     from specforge_core.config.run_config import DataSection, RunConfig
 
     text = _HEAD.format(path=path, stem=path.stem)
-    text += _part(registry, "target-engine", "target") + _part(registry, "strategy", "strategy")
+    text += _part(registry, "target-engine") + _part(registry, "strategy")
     text += _DATA + _settings(DataSection, skip=("train", "eval")) + "\n"
     for name in _LATER:
         model: Any = RunConfig.model_fields[name].annotation
@@ -80,7 +80,10 @@ def write_starter(registry: PluginRegistry, path: Path) -> str:
     return text
 
 
-def _part(registry: PluginRegistry, kind: Kind, key: str) -> str:
+def _part(registry: PluginRegistry, kind: Kind) -> str:
+    from specforge_core.hooks.kinds import KINDS
+
+    key = KINDS[kind].section
     names = registry.names(kind)
     if not names:
         return f"{key}:\n  name: CHANGE-ME    # no {kind} is installed; pip install one, then `specforge plugins`\n\n"

@@ -17,18 +17,12 @@ from pathlib import Path
 from packaging.version import Version
 
 from specforge_core.contracts.errors import ConfigError, PluginError
-from specforge_core.hooks.discovery import GROUPS, Kind, core_version, list_entries
+from specforge_core.hooks.discovery import core_version, list_entries
+from specforge_core.hooks.kinds import KINDS, PARTS, Kind
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _SUFFIX = ".tmpl"
 _PACKAGE_FOLDER = "__package__"
-_DISTRIBUTIONS: Mapping[Kind, str] = {
-    "strategy": "specforge-{}",
-    "target-engine": "specforge-{}-target",
-    "feature-store": "specforge-{}-store",
-    "ref-channel": "specforge-{}-channel",
-}
-KINDS: tuple[Kind, ...] = tuple(_DISTRIBUTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +45,8 @@ def write_skeleton(name: str, kind: Kind, directory: Path | None = None) -> Skel
     :raises PluginError: not a name that a part can have, or a kind without a template.
     :raises ConfigError: the directory holds something already, or cannot be written.
     """
-    if kind not in _DISTRIBUTIONS:
-        raise PluginError(f"{kind!r} is no kind that can be generated", hint=f"one of {', '.join(KINDS)}")
+    if kind not in PARTS:
+        raise PluginError(f"{kind!r} is no kind that can be generated", hint=f"one of {', '.join(PARTS)}")
     if not _NAME.fullmatch(name):
         raise PluginError(
             f"{name!r} cannot name a part", hint="small letters, digits and single dashes, a letter first: my-part"
@@ -71,13 +65,12 @@ def write_skeleton(name: str, kind: Kind, directory: Path | None = None) -> Skel
 
 def _words(name: str, kind: Kind) -> dict[str, str]:
     """What each ``@WORD@`` of a template stands for."""
-    distribution = _DISTRIBUTIONS[kind].format(name)
+    distribution = KINDS[kind].distribution.format(name)
     core = Version(core_version())
-    [group] = [group for group, offered in GROUPS.items() if offered == kind]
     return {
         "NAME": name,
         "KIND": kind,
-        "GROUP": group,
+        "GROUP": KINDS[kind].group,
         "DISTRIBUTION": distribution,
         "PACKAGE": distribution.replace("-", "_"),
         "CLASS": "".join(part.capitalize() for part in name.split("-")),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from specforge_core.cli.plugin_check import CheckedPlugin
     from specforge_core.hooks.descriptors import PartSpec
-    from specforge_core.hooks.discovery import Kind
+    from specforge_core.hooks.kinds import Kind
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from specforge_core.hooks.descriptors import FeatureStoreSpec, RefChannelSpec
-    from specforge_core.hooks.discovery import Kind
+    from specforge_core.hooks.kinds import Kind
     from specforge_core.hooks.manager import PluginRegistry
 
 

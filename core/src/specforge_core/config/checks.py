@@ -11,10 +11,10 @@ from pathlib import Path
 
 from specforge_core.config.document import Keys
 from specforge_core.config.load import LoadedConfig
-from specforge_core.config.sections import StrategyConfig
 from specforge_core.config.topologies import TOPOLOGIES
 from specforge_core.contracts import DTYPE_BYTES, CaptureRequest, TargetInfo
 from specforge_core.hooks.descriptors import FeatureStoreSpec, RefChannelSpec, TargetEngineSpec
+from specforge_core.hooks.sections import StrategyConfig
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 

@@ -16,11 +16,6 @@ from typing import Any, Literal, cast
 from specforge_core.config.checks import Composition, find_mismatches
 from specforge_core.config.load import LoadedConfig
 from specforge_core.config.run_config import RunConfig
-from specforge_core.config.sections import (
-    PluginSection,
-    StrategyConfig,
-    TargetEngineConfig,
-)
 from specforge_core.config.topologies import TOPOLOGIES
 from specforge_core.config.trust import find_unconfirmed
 from specforge_core.config.validation import validate_section
@@ -33,9 +28,14 @@ from specforge_core.hooks.descriptors import (
     StrategySpec,
     TargetEngineSpec,
 )
-from specforge_core.hooks.discovery import Kind
 from specforge_core.hooks.foreign import foreign_code
+from specforge_core.hooks.kinds import KINDS, PARTS, Kind
 from specforge_core.hooks.manager import PluginRegistry
+from specforge_core.hooks.sections import (
+    PluginSection,
+    StrategyConfig,
+    TargetEngineConfig,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -160,10 +160,14 @@ def compose(loaded: LoadedConfig, registry: PluginRegistry) -> Plan:
     """
     config, needs = loaded.config, TOPOLOGIES[loaded.config.topology]
     parts = _Resolver(loaded, registry)
-    parts.resolve("strategy", "strategy", config.strategy)
-    parts.resolve("target-engine", "target", config.target)
-    parts.resolve("feature-store", "store", config.store or {"name": needs.default_store})
-    parts.resolve("ref-channel", "channel", config.channel or {"name": needs.default_channel})
+    sections: dict[Kind, dict[str, Any]] = {
+        "strategy": config.strategy,
+        "target-engine": config.target,
+        "feature-store": config.store or {"name": needs.default_store},
+        "ref-channel": config.channel or {"name": needs.default_channel},
+    }
+    for kind in PARTS:
+        parts.resolve(kind, sections[kind])
     unconfirmed = find_unconfirmed(loaded, parts.sections)
     if unconfirmed:  # nothing is asked of the target, which may be elsewhere
         raise PlanError([*parts.problems, *unconfirmed], where=str(loaded.path))
@@ -212,8 +216,9 @@ class _Resolver:
         self.chosen: list[tuple[Kind, str]] = []
         self.problems: list[str] = []
 
-    def resolve(self, kind: Kind, key: str, values: Mapping[str, Any]) -> None:
-        """Load the part that section ``key`` names, and check the section as its plugin wants it."""
+    def resolve(self, kind: Kind, values: Mapping[str, Any]) -> None:
+        """Load the part that the kind's section names, and check the section as its plugin wants it."""
+        key = KINDS[kind].section
         name = values.get("name")
         if not isinstance(name, str):
             names = self._registry.names(kind)
@@ -228,7 +233,7 @@ class _Resolver:
             return
         self.specs[key] = spec
         self.chosen.append((kind, name))
-        with self._settings_code(key, kind, name):
+        with self._settings_code(kind, name):
             section, problems = validate_section(spec.config, values, locate=self._loaded.locate, keys=(key,))
             self.problems += [f"{where}: {what}" for where, what in problems]
             if section is not None:
@@ -238,7 +243,7 @@ class _Resolver:
         section = self.sections.get("target")
         if section is None:
             return None
-        with self._settings_code("target", "target-engine", section.name):
+        with self._settings_code("target-engine", section.name):
             return cast(TargetEngineConfig, section).describe()
         return None
 
@@ -246,14 +251,14 @@ class _Resolver:
         section = self.sections.get("strategy")
         if section is None or info is None:
             return None
-        with self._settings_code("strategy", "strategy", section.name):
+        with self._settings_code("strategy", section.name):
             return cast(StrategyConfig, section).capture_request(info)
         return None
 
     @contextmanager
-    def _settings_code(self, key: str, kind: Kind, name: str) -> Iterator[None]:
+    def _settings_code(self, kind: Kind, name: str) -> Iterator[None]:
         """While a plugin's code looks at its settings: what it refuses is a problem, and so is what it fails with."""
-        where = self._loaded.locate((key,))
+        where = self._loaded.locate((KINDS[kind].section,))
         distribution = self._registry.choose(kind, name).distribution
 
         def broken(said: str) -> PluginError:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from specforge_core.config.sections import Section
+from specforge_core.hooks.sections import Section
 
 Topology = Literal["offline", "colocated", "disaggregated"]
 

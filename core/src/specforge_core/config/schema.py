@@ -7,15 +7,8 @@ from typing import Any
 
 from specforge_core.config.run_config import RunConfig
 from specforge_core.contracts import PluginError
-from specforge_core.hooks.discovery import Kind
+from specforge_core.hooks.kinds import KINDS, PARTS, Kind
 from specforge_core.hooks.manager import PluginRegistry
-
-_SECTIONS: dict[str, Kind] = {
-    "target": "target-engine",
-    "strategy": "strategy",
-    "store": "feature-store",
-    "channel": "ref-channel",
-}
 
 
 def run_schema(registry: PluginRegistry) -> tuple[dict[str, Any], list[PluginError]]:
@@ -23,7 +16,8 @@ def run_schema(registry: PluginRegistry) -> tuple[dict[str, Any], list[PluginErr
     schema = RunConfig.model_json_schema()
     definitions: dict[str, Any] = schema.setdefault("$defs", {})
     failures: list[PluginError] = []
-    for key, kind in _SECTIONS.items():
+    for kind in PARTS:
+        key = KINDS[kind].section
         choices: list[dict[str, Any]] = []
         for name in registry.names(kind):
             try:

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 
 from specforge_core.config.load import LoadedConfig
 from specforge_core.config.run_config import HubSource, RunConfig
-from specforge_core.config.sections import PluginSection
 from specforge_core.contracts.redaction import hide_secrets
+from specforge_core.hooks.sections import PluginSection
 
 _log = logging.getLogger(__name__)
 

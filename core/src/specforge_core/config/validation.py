@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, SecretBytes, SecretStr, ValidationError
 
 from specforge_core.config.document import Keys
-from specforge_core.config.sections import Section
 from specforge_core.contracts.redaction import HIDDEN, hide_secrets, is_secret_name, show_value
 from specforge_core.hooks.discovery import suggest
+from specforge_core.hooks.sections import Section
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

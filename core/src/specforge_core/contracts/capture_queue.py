@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from specforge_core.contracts.leases import CaptureBatch
+from specforge_core.contracts.leases import CaptureBatch, check_batch
 from specforge_core.contracts.records import SampleRef
 
 EndKind = Literal["finished", "stopped", "failed"]
@@ -87,6 +87,18 @@ class Results:
     outstanding: int
 
 
+_MOST_NUMBER = 2**53 - 1
+"""The largest integer that every reader of JSON keeps exactly."""
+
+
+def check_offer(batches: Sequence[CaptureBatch], above: int) -> None:
+    """:raises ValueError: a batch or a number that nobody who reads it would take."""
+    if type(above) is not int or not 0 <= above < _MOST_NUMBER:
+        raise ValueError(f"a number of leases is a count below 2^53, not {above!r}")
+    for batch in batches:
+        check_batch(batch)
+
+
 class Membership(ABC):
     """A worker, or the train role, as the others see it: alive while this is open."""
 
@@ -116,6 +128,7 @@ class CaptureQueue(ABC):
         A batch that is outstanding, or whose result is not committed yet, stays as it is.
 
         :param above: leases get higher numbers than this one: what was put under an earlier queue's stays older.
+        :raises ValueError: a batch or a number that nobody who reads it would take; nothing is offered then.
         """
 
     @abstractmethod

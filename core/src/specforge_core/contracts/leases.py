@@ -59,6 +59,12 @@ def read_batch(fields: Mapping[str, Any]) -> CaptureBatch:
     if {*fields} != {"split", "epoch", "first", "count", "wanted", "fingerprint"} or type(fields["wanted"]) is not list:
         raise ValueError("not the fields of a batch")
     batch = CaptureBatch(**{**fields, "wanted": tuple(fields["wanted"])})
+    check_batch(batch)
+    return batch
+
+
+def check_batch(batch: CaptureBatch) -> None:
+    """:raises ValueError: nobody who reads it from a channel would take it."""
     if batch.split not in ("train", "eval") or type(batch.fingerprint) is not str:
         raise ValueError("neither split nor fingerprint of a batch")
     numbers = (batch.epoch, batch.first, batch.count, *batch.wanted)
@@ -66,7 +72,6 @@ def read_batch(fields: Mapping[str, Any]) -> CaptureBatch:
         raise ValueError("epoch, first and count of a batch are counts")
     if any(offset >= batch.count for offset in batch.wanted) or len({*batch.wanted}) < len(batch.wanted):
         raise ValueError("what is wanted of a batch is not in it")
-    return batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from specforge_core.config.sections import FeatureStoreConfig, RefChannelConfig
 from specforge_core.contracts import ChannelCapabilities, StoreCapabilities
 from specforge_core.hooks.descriptors import FeatureStoreSpec, RefChannelSpec
+from specforge_core.hooks.sections import FeatureStoreConfig, RefChannelConfig
 from specforge_core.hooks.specs import hookimpl
 
 

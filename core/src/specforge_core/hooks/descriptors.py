@@ -10,11 +10,18 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from specforge_core.config.sections import FeatureStoreConfig, RefChannelConfig, StrategyConfig, TargetEngineConfig
 from specforge_core.contracts import ChannelCapabilities, EngineCapabilities, PluginError, StoreCapabilities
 from specforge_core.hooks.foreign import foreign_code
+from specforge_core.hooks.kinds import Kind
+from specforge_core.hooks.sections import (
+    FeatureStoreConfig,
+    PluginSection,
+    RefChannelConfig,
+    StrategyConfig,
+    TargetEngineConfig,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +38,9 @@ class StrategySpec:
         of hidden size 32.
     :param demo: ``"package:path"`` of the run file, shipped as package data, that ``specforge demo`` runs.
     """
+
+    kind: ClassVar[Kind] = "strategy"
+    section: ClassVar[type[PluginSection]] = StrategyConfig
 
     name: str
     config: type[StrategyConfig]
@@ -53,6 +63,9 @@ class TargetEngineSpec:
         where there is none to be had without files or a server.
     """
 
+    kind: ClassVar[Kind] = "target-engine"
+    section: ClassVar[type[PluginSection]] = TargetEngineConfig
+
     name: str
     config: type[TargetEngineConfig]
     factory: str
@@ -74,6 +87,9 @@ class FeatureStoreSpec:
         what ``specforge services NAME`` calls. Empty: the part needs none.
     """
 
+    kind: ClassVar[Kind] = "feature-store"
+    section: ClassVar[type[PluginSection]] = FeatureStoreConfig
+
     name: str
     config: type[FeatureStoreConfig]
     factory: str
@@ -93,6 +109,9 @@ class RefChannelSpec:
     :param service: ``"module:function"`` that runs the server this part needs, for development, until it is stopped;
         what ``specforge services NAME`` calls. Empty: the part needs none.
     """
+
+    kind: ClassVar[Kind] = "ref-channel"
+    section: ClassVar[type[PluginSection]] = RefChannelConfig
 
     name: str
     config: type[RefChannelConfig]
@@ -118,6 +137,9 @@ class DemoTarget:
 
 
 PartSpec = StrategySpec | TargetEngineSpec | FeatureStoreSpec | RefChannelSpec
+SPECS: Mapping[Kind, type[PartSpec]] = {
+    spec.kind: spec for spec in (StrategySpec, TargetEngineSpec, FeatureStoreSpec, RefChannelSpec)
+}
 
 
 def resolve(path: str) -> Any:

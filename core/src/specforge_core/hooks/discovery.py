@@ -20,20 +20,11 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from specforge_core.contracts.errors import PluginError
+from specforge_core.hooks.kinds import KIND_OF_GROUP, KINDS, Kind
 
-Kind = Literal["strategy", "target-engine", "feature-store", "ref-channel", "observer"]
 Status = Literal["ok", "disabled", "shadowed", "incompatible", "broken"]
 
 CORE_DISTRIBUTION = "specforge-core"
-
-GROUPS: dict[str, Kind] = {
-    "specforge.strategies": "strategy",
-    "specforge.target_engines": "target-engine",
-    "specforge.feature_stores": "feature-store",
-    "specforge.ref_channels": "ref-channel",
-    "specforge.observers": "observer",
-}
-KINDS: tuple[Kind, ...] = tuple(GROUPS.values())
 
 _VALUE = re.compile(r"[\w.]+(:[\w.]+)?")
 
@@ -88,7 +79,7 @@ def list_entries(disabled: Collection[str] = ()) -> list[PluginEntry]:
     _check_selectors(disabled, found)
     found = [_disable(entry, disabled) for entry in found]
     found = [_mark_conflict(entry, found) for entry in found]
-    return sorted(found, key=lambda e: (KINDS.index(e.kind), e.name, e.distribution, e.value))
+    return sorted(found, key=lambda e: (list(KINDS).index(e.kind), e.name, e.distribution, e.value))
 
 
 def _offering_distributions() -> Iterator[IDistribution]:
@@ -128,7 +119,7 @@ def _passed_over(chosen: IDistribution, name: str) -> str:
 
 
 def _read_entries(distribution: IDistribution, core: str) -> list[PluginEntry]:
-    points = [point for point in distribution.entry_points if point.group in GROUPS]
+    points = [point for point in distribution.entry_points if point.group in KIND_OF_GROUP]
     if not points:
         return []
     name, version, defect = _identify(distribution)
@@ -140,7 +131,7 @@ def _read_entries(distribution: IDistribution, core: str) -> list[PluginEntry]:
         status: Status = "broken" if problem else "incompatible" if unmet else "ok"
         entries.append(
             PluginEntry(
-                kind=GROUPS[point.group],
+                kind=KIND_OF_GROUP[point.group],
                 name=point.name,
                 value=point.value,
                 distribution=name,

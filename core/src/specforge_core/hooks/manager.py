@@ -11,53 +11,30 @@ import importlib
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, cast
 
 import pluggy
 
-from specforge_core.config.sections import (
-    FeatureStoreConfig,
-    PluginSection,
-    RefChannelConfig,
-    StrategyConfig,
-    TargetEngineConfig,
-)
 from specforge_core.contracts import PluginError
 from specforge_core.contracts.redaction import show_value
 from specforge_core.hooks import specs
 from specforge_core.hooks.descriptors import (
+    SPECS,
     FeatureStoreSpec,
     PartSpec,
     RefChannelSpec,
     StrategySpec,
     TargetEngineSpec,
 )
-from specforge_core.hooks.discovery import Kind, PluginEntry, list_entries, suggest
+from specforge_core.hooks.discovery import PluginEntry, list_entries, suggest
 from specforge_core.hooks.foreign import foreign_code
+from specforge_core.hooks.kinds import KINDS, PARTS, Kind
 from specforge_core.hooks.observers import OBSERVER_HOOKS, Observers
 
 _log = logging.getLogger(__name__)
 
 _PREFIX = "specforge_"
-
-
-@dataclass(frozen=True, slots=True)
-class _PartKind:
-    """What one kind's hook is called and must return."""
-
-    hook: str
-    spec: type[PartSpec]
-    config: type[PluginSection]
-
-
-_PARTS: Mapping[Kind, _PartKind] = {
-    "strategy": _PartKind("specforge_strategies", StrategySpec, StrategyConfig),
-    "target-engine": _PartKind("specforge_target_engines", TargetEngineSpec, TargetEngineConfig),
-    "feature-store": _PartKind("specforge_feature_stores", FeatureStoreSpec, FeatureStoreConfig),
-    "ref-channel": _PartKind("specforge_ref_channels", RefChannelSpec, RefChannelConfig),
-}
 
 
 class PluginRegistry:
@@ -194,19 +171,19 @@ class PluginRegistry:
         return PluginError(f"no {kind} {show_value(name)} is installed ({listed})", hint=_advise(kind, name, names))
 
     def _load_descriptor(self, entry: PluginEntry) -> PartSpec:
-        expected = _PARTS[entry.kind]
+        hook_name = KINDS[entry.kind].hook
         plugin = self._register(entry)
         others = [other for other in self._manager.get_plugins() if other is not plugin]
-        hook = self._manager.subset_hook_caller(expected.hook, others)
-        with foreign_code(lambda failure: _broken(entry, f"{expected.hook} failed: {failure}")):
+        hook = self._manager.subset_hook_caller(hook_name, others)
+        with foreign_code(lambda failure: _broken(entry, f"{hook_name} failed: {failure}")):
             offered = [descriptor for result in hook() for descriptor in result]
         for descriptor in offered:
-            _verify_descriptor(entry, descriptor, expected)
+            _verify_descriptor(entry, descriptor)
         named = [descriptor for descriptor in offered if descriptor.name == entry.name]
         if len(named) == 1:
             return cast(PartSpec, named[0])
         names = ", ".join(repr(descriptor.name) for descriptor in offered) or "nothing"
-        raise _broken(entry, f"its entry point is named {entry.name!r}, but {expected.hook} offers {names}")
+        raise _broken(entry, f"its entry point is named {entry.name!r}, but {hook_name} offers {names}")
 
     def _register(self, entry: PluginEntry) -> Any:
         """Import and register an entry's module, once however many entries share it."""
@@ -230,7 +207,7 @@ class PluginRegistry:
     def _promised_hooks(self, entry: PluginEntry) -> frozenset[str]:
         """Hooks that something will call: those of the kinds under which the module has an entry point."""
         kinds = {other.kind for other in self._entries if other.value == entry.value}
-        hooks = {part.hook for kind, part in _PARTS.items() if kind in kinds}
+        hooks = {KINDS[kind].hook for kind in PARTS if kind in kinds}
         return frozenset(hooks | (OBSERVER_HOOKS if "observer" in kinds else set()))
 
 
@@ -263,11 +240,12 @@ def _verify_hooks(entry: PluginEntry, plugin: Any, promised: frozenset[str]) -> 
             raise _broken(entry, f"{name} is implemented, but {entry.value} has no entry point in that hook's group")
 
 
-def _verify_descriptor(entry: PluginEntry, descriptor: Any, expected: _PartKind) -> None:
-    if not isinstance(descriptor, expected.spec):
-        raise _broken(entry, f"{expected.hook} returned a {type(descriptor).__name__}, not a {expected.spec.__name__}")
-    if not (isinstance(descriptor.config, type) and issubclass(descriptor.config, expected.config)):
-        raise _broken(entry, f"{descriptor.name!r}: config is not a subclass of {expected.config.__name__}")
+def _verify_descriptor(entry: PluginEntry, descriptor: Any) -> None:
+    hook_name, spec = KINDS[entry.kind].hook, SPECS[entry.kind]
+    if not isinstance(descriptor, spec):
+        raise _broken(entry, f"{hook_name} returned a {type(descriptor).__name__}, not a {spec.__name__}")
+    if not (isinstance(descriptor.config, type) and issubclass(descriptor.config, spec.section)):
+        raise _broken(entry, f"{descriptor.name!r}: config is not a subclass of {spec.section.__name__}")
 
 
 def _conflict(entries: Sequence[PluginEntry]) -> PluginError:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specforge_core.config.sections import PluginSection
 from specforge_core.contracts import ChatTokenizer
 from specforge_core.hooks.descriptors import resolve
+from specforge_core.hooks.sections import PluginSection
 from specforge_core.prompts.encoder_processes import TokenizerFactory
 
 

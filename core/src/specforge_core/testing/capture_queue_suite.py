@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import threading
 import time
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,136 +12,65 @@ from typing import Any
 
 import pytest
 
-from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef
-from specforge_core.contracts.capture_queue import CaptureQueue, Ending, Membership, NumberedLease, Result
-from specforge_core.testing.conformance import ContractSuite
+from specforge_core.contracts import CaptureBatch, ChannelError
+from specforge_core.contracts.capture_queue import CaptureQueue, Ending, NumberedLease
+from specforge_core.testing.queue_under_test import QueueUnderTest, Worker, make_batch, make_refs, read_all
 from specforge_core.testing.samples import make_ref
 
-_WAIT_SECONDS = 30.0
 
-
-def make_batch(number: int, *, epoch: int = 0, wanted: tuple[int, ...] = ()) -> CaptureBatch:
-    """The batch of four prompts at place ``4 * number``."""
-    return CaptureBatch(split="train", epoch=epoch, first=4 * number, count=4, wanted=wanted, fingerprint="f" * 32)
-
-
-def make_refs(lease: NumberedLease) -> list[SampleRef]:
-    """Refs as a worker puts them under a lease."""
-    places = range(lease.batch.first, lease.batch.first + lease.batch.count)
-    return [make_ref(place, epoch=lease.batch.epoch, generation=lease.number) for place in places]
-
-
-class CaptureQueueSuite(ContractSuite):
+class CaptureQueueSuite(QueueUnderTest):
     """The contract of :class:`specforge_core.contracts.capture_queue.CaptureQueue`."""
 
-    cross_process = False
-    """As the descriptor says. Then ``make_queue`` of a directory it knows opens that queue again."""
-
-    wait_seconds = _WAIT_SECONDS
-    """How long a test waits for what must come; a negative control waits for what does not."""
-
-    @abstractmethod
-    def make_queue(self, directory: Path) -> CaptureQueue:
-        """A new queue in an empty directory."""
-
-    def kill_member(self, queue: CaptureQueue, member: Membership) -> None:
-        """End a member as the death of its process would: without a word. Its ``close`` then does nothing."""
-        pytest.skip("this suite was not told how a member dies")
-
-    def take_now(self, queue: CaptureQueue, worker: str) -> NumberedLease:
-        """A lease that is there, or comes as soon as a death is noticed."""
-        lease = queue.take(worker, self.wait_seconds)
-        assert lease is not None
-        return lease
-
-    def results(self, queue: CaptureQueue, after: int = 0) -> Sequence[Result]:
-        found: list[Result] = []
-        while more := queue.results(found[-1].position if found else after, 0.0).results:
-            found += more
-        return found
-
-    @pytest.fixture
-    def directory(self, tmp_path: Path) -> Path:
-        return tmp_path / "queue"
-
-    @pytest.fixture
-    def queue(self, directory: Path) -> Iterator[CaptureQueue]:
-        queue = self.make_queue(directory)
-        yield queue
-        queue.close()
-
-    @pytest.fixture
-    def opened_again(self, queue: CaptureQueue, directory: Path) -> Iterator[CaptureQueue]:
-        """The queue as another process has it, where it crosses processes."""
-        again = self.make_queue(directory) if self.cross_process else queue
-        yield again
-        again.close()
-
-    @pytest.fixture
-    def worker(self, queue: CaptureQueue) -> Iterator[str]:
-        member = queue.join("capture-0")
-        yield member.name
-        member.close()
-
-    @pytest.fixture
-    def other(self, opened_again: CaptureQueue) -> Iterator[Membership]:
-        """Another member, ``capture-1``, as from another process."""
-        member = opened_again.join("capture-1")
-        yield member
-        member.close()
-
-    def test_a_new_queue_has_nothing(self, queue: CaptureQueue, worker: str) -> None:
-        seen = queue.results(0, 0.0)
+    def test_a_new_queue_has_nothing(self, worker: Worker) -> None:
+        seen = worker.queue.results(0, 0.0)
         assert (seen.results, seen.session, seen.ending, seen.outstanding) == ([], 0, None, 0)
-        assert seen.members == {worker}
-        assert list(queue.outstanding()) == []
-        assert queue.take(worker, 0.0) is None
+        assert seen.members == {worker.name}
+        assert list(worker.queue.outstanding()) == []
+        worker.take_nothing()
 
-    def test_batches_are_taken_identical_in_order_under_growing_numbers(self, queue: CaptureQueue, worker: str) -> None:
+    def test_batches_are_taken_identical_in_order_under_growing_numbers(self, worker: Worker) -> None:
         eval_batch = CaptureBatch(split="eval", epoch=0, first=4, count=4)
         batches = [make_batch(3), make_batch(1, wanted=(0, 3)), eval_batch, make_batch(0, epoch=2)]
-        queue.offer(batches[:2])
-        queue.offer(batches[2:])
-        leases = [self.take_now(queue, worker) for _ in batches]
+        worker.queue.offer(batches[:2])
+        worker.queue.offer(batches[2:])
+        leases = [worker.take() for _ in batches]
         assert [lease.batch for lease in leases] == batches
-        assert {(lease.worker, lease.attempt, lease.session) for lease in leases} == {(worker, 1, 1)}
+        assert {(lease.worker, lease.attempt, lease.session) for lease in leases} == {(worker.name, 1, 1)}
         numbers = [lease.number for lease in leases]
         assert numbers == sorted(set(numbers))
         assert numbers[0] > 0
-        assert queue.take(worker, 0.0) is None
-        assert list(queue.outstanding()) == batches
+        worker.take_nothing()
+        assert list(worker.queue.outstanding()) == batches
 
-    def test_waits_end(self, queue: CaptureQueue, worker: str) -> None:
-        for wait in (lambda seconds: queue.take(worker, seconds), lambda seconds: queue.results(0, seconds)):
+    def test_waits_end(self, worker: Worker) -> None:
+        waits = (
+            lambda seconds: worker.queue.take(worker.name, seconds),
+            lambda seconds: worker.queue.results(0, seconds),
+        )
+        for wait in waits:
             for seconds in (0.0, 0.3):
                 begun = time.monotonic()
                 wait(seconds)
                 assert seconds * 0.9 <= time.monotonic() - begun < seconds + 2.0
 
-    def test_waits_end_with_what_is_waited_for(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue
-    ) -> None:
+    def test_waits_end_with_what_is_waited_for(self, worker: Worker, opened_again: CaptureQueue) -> None:
         with ThreadPoolExecutor(2) as threads:
-            lease = threads.submit(queue.take, worker, self.wait_seconds)
-            results = threads.submit(opened_again.results, 0, self.wait_seconds)
+            taking = threads.submit(worker.take)
+            reading = threads.submit(opened_again.results, 0, self.wait_seconds)
             time.sleep(0.1)
             opened_again.offer([make_batch(0)])
-            taken = lease.result(self.wait_seconds)
-            assert taken is not None
-            assert queue.finish(taken, make_refs(taken))
-            assert len(results.result(self.wait_seconds).results) == 1
+            assert worker.finish(taking.result(self.wait_seconds))
+            assert len(reading.result(self.wait_seconds).results) == 1
 
-    def test_no_two_workers_have_one_batch(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue, other: Membership
-    ) -> None:
-        queue.offer([make_batch(number) for number in range(40)])
+    def test_no_two_workers_have_one_batch(self, worker: Worker, other: Worker) -> None:
+        worker.queue.offer([make_batch(number) for number in range(40)])
         taken: list[NumberedLease] = []
 
-        def take(opened: CaptureQueue, name: str) -> None:
-            while (lease := opened.take(name, 0.0)) is not None:
+        def take(who: Worker) -> None:
+            while (lease := who.queue.take(who.name, 0.0)) is not None:
                 taken.append(lease)
 
-        threads = [threading.Thread(target=take, args=args) for args in ((queue, worker), (opened_again, other.name))]
+        threads = [threading.Thread(target=take, args=(who,)) for who in (worker, other)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -151,185 +78,174 @@ class CaptureQueueSuite(ContractSuite):
         assert sorted(lease.batch.first for lease in taken) == [4 * number for number in range(40)]
         assert len({lease.number for lease in taken}) == 40
 
-    def test_finishing_is_publishing(self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue) -> None:
-        queue.offer([make_batch(number) for number in range(3)])
-        leases = [self.take_now(queue, worker) for _ in range(3)]
+    def test_finishing_is_publishing(self, worker: Worker, opened_again: CaptureQueue) -> None:
+        worker.queue.offer([make_batch(number) for number in range(3)])
+        leases = [worker.take() for _ in range(3)]
         for lease in (leases[1], leases[0]):
-            assert queue.finish(lease, make_refs(lease), signature=f"signed {lease.number}")
-        assert queue.finish(leases[2], [])
-        seen = opened_again.results(0, self.wait_seconds)
-        assert [result.position for result in self.results(opened_again)] == [1, 2, 3]
-        assert seen.outstanding == 0
-        for result, lease in zip(self.results(opened_again), (leases[1], leases[0], leases[2]), strict=True):
-            assert (result.batch, result.number, result.worker) == (lease.batch, lease.number, worker)
+            assert worker.finish(lease, signature=f"signed {lease.number}")
+        assert worker.queue.finish(leases[2], [])
+        assert opened_again.results(0, self.wait_seconds).outstanding == 0
+        found = read_all(opened_again)
+        assert [result.position for result in found] == [1, 2, 3]
+        for result, lease in zip(found, (leases[1], leases[0], leases[2]), strict=True):
+            assert (result.batch, result.number, result.worker) == (lease.batch, lease.number, worker.name)
             assert list(result.refs) == ([] if lease is leases[2] else make_refs(lease))
             assert result.signature == ("" if lease is leases[2] else f"signed {lease.number}")
 
-    def test_a_lost_lease_cannot_be_finished(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue, other: Membership
-    ) -> None:
-        queue.offer([make_batch(0)])
-        lost = self.take_now(opened_again, other.name)
-        opened_again.give_back(lost)
-        held = self.take_now(queue, worker)
+    def test_a_lost_lease_cannot_be_finished(self, worker: Worker, other: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
+        lost = other.take()
+        other.queue.give_back(lost)
+        held = worker.take()
         assert held.number > lost.number
-        assert not opened_again.finish(lost, make_refs(lost))
-        opened_again.give_back(lost)
-        assert self.results(queue) == []
-        assert queue.finish(held, make_refs(held))
-        assert not opened_again.finish(lost, make_refs(lost))
-        assert not queue.finish(held, make_refs(held))
-        assert [result.number for result in self.results(queue)] == [held.number]
+        assert not other.finish(lost)
+        other.queue.give_back(lost)
+        assert read_all(worker.queue) == []
+        assert worker.finish(held)
+        assert not other.finish(lost)
+        assert not worker.finish(held)
+        assert [result.number for result in read_all(worker.queue)] == [held.number]
 
-    def test_what_a_member_held_comes_back_when_it_leaves(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue, other: Membership
-    ) -> None:
-        queue.offer([make_batch(0)])
-        lost = self.take_now(opened_again, other.name)
-        other.close()
-        again = self.take_now(queue, worker)
+    def test_what_a_member_held_comes_back_when_it_leaves(self, worker: Worker, other: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
+        lost = other.take()
+        other.member.close()
+        again = worker.take()
         assert (again.batch, again.attempt) == (lost.batch, 2)
-        assert other.name not in queue.results(0, 0.0).members
+        assert other.name not in worker.queue.results(0, 0.0).members
 
-    def test_what_a_dead_member_held_comes_back(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue, other: Membership
-    ) -> None:
-        queue.offer([make_batch(0), make_batch(1)])
-        lost = [self.take_now(opened_again, other.name) for _ in range(2)]
-        assert queue.take(worker, 0.0) is None
-        self.kill_member(opened_again, other)
-        again = [self.take_now(queue, worker) for _ in range(2)]
+    def test_what_a_dead_member_held_comes_back(self, worker: Worker, other: Worker) -> None:
+        worker.queue.offer([make_batch(0), make_batch(1)])
+        lost = [other.take() for _ in range(2)]
+        worker.take_nothing()
+        self.kill_member(other.queue, other.member)
+        again = [worker.take() for _ in range(2)]
         assert [(lease.batch, lease.attempt) for lease in again] == [(lease.batch, 2) for lease in lost]
-        assert queue.results(0, 0.0).members == {worker}
+        assert worker.queue.results(0, 0.0).members == {worker.name}
 
-    def test_what_is_given_back_counts_no_attempt(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0), make_batch(1)])
-        queue.give_back(self.take_now(queue, worker))
-        again = self.take_now(queue, worker)
+    def test_what_is_given_back_counts_no_attempt(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0), make_batch(1)])
+        worker.queue.give_back(worker.take())
+        again = worker.take()
         assert (again.batch, again.attempt) == (make_batch(0), 1)
 
-    def test_parts_take_the_place_of_what_is_given_back(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0)])
+    def test_parts_take_the_place_of_what_is_given_back(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
         parts = [replace(make_batch(0), first=place, count=1) for place in range(4)]
-        queue.give_back(self.take_now(queue, worker), instead=parts)
-        assert list(queue.outstanding()) == parts
-        assert [self.take_now(queue, worker).batch for _ in parts] == parts
+        worker.queue.give_back(worker.take(), instead=parts)
+        assert list(worker.queue.outstanding()) == parts
+        assert [worker.take().batch for _ in parts] == parts
 
-    def test_an_offer_of_what_is_there_changes_nothing(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0), make_batch(0)])
-        lease = self.take_now(queue, worker)
-        queue.offer([make_batch(0)])
-        assert queue.take(worker, 0.0) is None
-        assert queue.finish(lease, make_refs(lease))
-        queue.offer([make_batch(0)])  # its result is not committed
-        assert queue.take(worker, 0.0) is None
-        queue.commit(1)
-        queue.offer([make_batch(0)])
-        assert self.take_now(queue, worker).number > lease.number
+    def test_an_offer_of_what_is_there_changes_nothing(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0), make_batch(0)])
+        lease = worker.take()
+        worker.queue.offer([make_batch(0)])
+        worker.take_nothing()
+        assert worker.finish(lease)
+        worker.queue.offer([make_batch(0)])  # its result is not committed
+        worker.take_nothing()
+        worker.queue.commit(1)
+        worker.queue.offer([make_batch(0)])
+        assert worker.take().number > lease.number
 
-    def test_results_stay_until_they_are_committed(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue
-    ) -> None:
-        queue.offer([make_batch(number) for number in range(4)])
+    def test_what_no_reader_would_take_is_not_offered(self, worker: Worker, opened_again: CaptureQueue) -> None:
+        """An entry that others cannot read would end them all."""
+        opened_again.offer([make_batch(0)])
+        for batches, above in (([], -1), ([], 1 << 70), ([replace(make_batch(1), wanted=(9,))], 0)):
+            with pytest.raises((ValueError, ChannelError)):
+                worker.queue.offer(batches, above=above)
+        assert worker.take().batch == make_batch(0)
+        assert list(opened_again.outstanding()) == [make_batch(0)]
+
+    def test_results_stay_until_they_are_committed(self, worker: Worker, opened_again: CaptureQueue) -> None:
+        worker.queue.offer([make_batch(number) for number in range(4)])
         for _ in range(4):
-            lease = self.take_now(queue, worker)
-            assert queue.finish(lease, make_refs(lease))
-        assert [result.position for result in self.results(opened_again, after=2)] == [3, 4]
+            assert worker.finish(worker.take())
+        assert [result.position for result in read_all(opened_again, after=2)] == [3, 4]
         opened_again.commit(2)
         opened_again.commit(1)
-        assert [result.position for result in self.results(queue)] == [3, 4]
-        queue.offer([make_batch(9)])
-        lease = self.take_now(queue, worker)
-        assert queue.finish(lease, make_refs(lease))
-        assert [result.position for result in self.results(queue)] == [3, 4, 5]
+        assert [result.position for result in read_all(worker.queue)] == [3, 4]
+        worker.queue.offer([make_batch(9)])
+        assert worker.finish(worker.take())
+        assert [result.position for result in read_all(worker.queue)] == [3, 4, 5]
 
     def test_an_end_withdraws_what_is_outstanding_and_keeps_results(
-        self, queue: CaptureQueue, worker: str, opened_again: CaptureQueue
+        self, worker: Worker, opened_again: CaptureQueue
     ) -> None:
-        queue.offer([make_batch(number) for number in range(3)])
-        done, held = self.take_now(queue, worker), self.take_now(queue, worker)
-        assert queue.finish(done, make_refs(done))
+        worker.queue.offer([make_batch(number) for number in range(3)])
+        done, held = worker.take(), worker.take()
+        assert worker.finish(done)
         ending = Ending(kind="failed", session=1, by="train", what="no room", where="disk", hint="free some")
         assert opened_again.end(ending)
-        seen = queue.results(1, self.wait_seconds)
+        seen = worker.queue.results(1, self.wait_seconds)
         assert (seen.ending, seen.outstanding) == (ending, 0)
-        assert queue.take(worker, self.wait_seconds) is None
-        assert not queue.finish(held, make_refs(held))
-        assert [result.number for result in self.results(queue)] == [done.number]
+        assert worker.queue.take(worker.name, self.wait_seconds) is None
+        assert not worker.finish(held)
+        assert [result.number for result in read_all(worker.queue)] == [done.number]
 
-    def test_an_end_is_of_one_session(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0)])
-        lease = self.take_now(queue, worker)
+    def test_an_end_is_of_one_session(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
+        lease = worker.take()
         stopped = Ending(kind="stopped", session=1)
-        assert queue.end(stopped)
-        assert not queue.end(replace(stopped, kind="failed")), "it has ended"
-        queue.offer([make_batch(0)])
-        seen = queue.results(0, 0.0)
+        assert worker.queue.end(stopped)
+        assert not worker.queue.end(replace(stopped, kind="failed")), "it has ended"
+        worker.queue.offer([make_batch(0)])
+        seen = worker.queue.results(0, 0.0)
         assert (seen.session, seen.ending) == (2, None)
-        assert not queue.end(stopped), "another session is open"
-        assert not queue.finish(lease, make_refs(lease))
-        again = self.take_now(queue, worker)
+        assert not worker.queue.end(stopped), "another session is open"
+        assert not worker.finish(lease)
+        again = worker.take()
         assert (again.session, again.attempt) == (2, 1)
         assert again.number > lease.number
 
-    def test_numbers_begin_above_what_is_asked(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0)], above=1000)
-        queue.offer([make_batch(1)], above=5)
-        numbers = [self.take_now(queue, worker).number for _ in range(2)]
-        assert 1000 < numbers[0] < numbers[1]
+    def test_numbers_begin_above_what_is_asked(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0)], above=1000)
+        worker.queue.offer([make_batch(1)], above=5)
+        first, second = worker.take(), worker.take()
+        assert 1000 < first.number < second.number
 
-    def test_only_members_take(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0)])
+    def test_only_members_take(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
         with pytest.raises(ChannelError):
-            queue.take("nobody", 0.0)
-        assert queue.take(worker, 0.0) is not None
+            worker.queue.take("nobody", 0.0)
+        worker.take()
 
-    def test_a_name_is_one_members(self, opened_again: CaptureQueue, worker: str) -> None:
+    def test_a_name_is_one_members(self, worker: Worker, opened_again: CaptureQueue) -> None:
         with pytest.raises(ChannelError):
-            opened_again.join(worker)
+            opened_again.join(worker.name)
         opened_again.join("capture-2").close()
         opened_again.join("capture-2").close()
 
-    def test_nothing_but_metadata_is_published(self, queue: CaptureQueue, worker: str) -> None:
-        queue.offer([make_batch(0)])
-        lease = self.take_now(queue, worker)
+    def test_nothing_but_metadata_is_published(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
+        lease = worker.take()
         anything: Any = make_ref
-        holding = replace(make_ref(0), num_tokens=anything)
         with pytest.raises(TypeError):
-            queue.finish(lease, [holding])
-        assert self.results(queue) == []
-        assert queue.finish(lease, make_refs(lease))
+            worker.queue.finish(lease, [replace(make_ref(0), num_tokens=anything)])
+        assert read_all(worker.queue) == []
+        assert worker.finish(lease)
 
     def test_from_many_threads_each_batch_is_finished_once(
         self, queue: CaptureQueue, opened_again: CaptureQueue
     ) -> None:
-        count, errors = 120, list[BaseException]()
+        count = 120
 
-        def work(opened: CaptureQueue, name: str) -> None:
-            member = opened.join(name)
-            try:
-                for turn in range(10_000):
-                    lease = opened.take(name, 0.2)
-                    if lease is None:
-                        return
-                    if turn % 7 == 3:
-                        opened.give_back(lease)
-                    else:
-                        assert opened.finish(lease, make_refs(lease))
-            except BaseException as error:  # noqa: BLE001 - raised by the test's own thread
-                errors.append(error)
-            finally:
-                member.close()
+        def work(opened: CaptureQueue, name: str) -> bool:
+            member, turn = opened.join(name), 0
+            while (lease := opened.take(name, 0.2)) is not None:
+                turn += 1
+                if turn % 7 == 3:
+                    opened.give_back(lease)
+                else:
+                    assert opened.finish(lease, make_refs(lease))
+            member.close()
+            return True
 
         queue.offer([make_batch(number) for number in range(count)])
-        openings: Sequence[Callable[[], CaptureQueue]] = [lambda: queue, lambda: opened_again]
-        threads = [threading.Thread(target=work, args=(openings[n % 2](), f"w{n}")) for n in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(self.wait_seconds)
-        assert errors == []
-        found = self.results(queue)
+        with ThreadPoolExecutor(6) as threads:
+            working = [threads.submit(work, (queue, opened_again)[n % 2], f"w{n}") for n in range(6)]
+            assert all(done.result(self.wait_seconds) for done in working)
+        found = read_all(queue)
         assert [result.position for result in found] == list(range(1, count + 1))
         assert sorted(result.batch.first for result in found) == [4 * number for number in range(count)]
 
@@ -341,21 +257,21 @@ class DurableQueueSuite(CaptureQueueSuite):
 
     def test_everything_is_there_when_it_is_opened_again(self, directory: Path) -> None:
         queue = self.make_queue(directory)
-        member = queue.join("capture-0")
+        worker = Worker(queue, queue.join("capture-0"), self.wait_seconds)
         queue.offer([make_batch(number) for number in range(4)], above=40)
-        leases = [self.take_now(queue, member.name) for _ in range(3)]
+        leases = [worker.take() for _ in range(3)]
         for lease in leases[:2]:
-            assert queue.finish(lease, make_refs(lease), signature="s")
+            assert worker.finish(lease, signature="s")
         queue.commit(1)
-        self.kill_member(queue, member)
+        self.kill_member(queue, worker.member)
         queue.close()
         queue = self.make_queue(directory)
-        assert [(r.position, r.number, list(r.refs), r.signature) for r in self.results(queue)] == [
+        assert [(r.position, r.number, list(r.refs), r.signature) for r in read_all(queue)] == [
             (2, leases[1].number, make_refs(leases[1]), "s")
         ]
-        member = queue.join("capture-0")
-        again = [self.take_now(queue, member.name) for _ in range(2)]
+        worker = Worker(queue, queue.join("capture-0"), self.wait_seconds)
+        again = [worker.take() for _ in range(2)]
         assert [(lease.batch, lease.attempt) for lease in again] == [(make_batch(2), 2), (make_batch(3), 1)]
         assert again[0].number > leases[2].number
-        member.close()
+        worker.member.close()
         queue.close()

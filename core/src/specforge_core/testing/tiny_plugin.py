@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from specforge_core.config.sections import TargetEngineConfig
 from specforge_core.contracts import EngineCapabilities, TargetInfo
 from specforge_core.hooks.descriptors import TargetEngineSpec
+from specforge_core.hooks.sections import TargetEngineConfig
 from specforge_core.hooks.specs import hookimpl
 
 NUM_BYTES = 256

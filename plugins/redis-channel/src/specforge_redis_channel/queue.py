@@ -9,14 +9,14 @@ reply was lost is made again under the same request, and the server then repeats
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, get_args
+from functools import partial
+from typing import Any, get_args
 from urllib.parse import quote
 
 from specforge_core import RefDecoder, RefEncoder
@@ -29,15 +29,14 @@ from specforge_core.contracts.capture_queue import (
     NumberedLease,
     Result,
     Results,
+    check_offer,
 )
 from specforge_core.contracts.files import parse_json
 
+from specforge_redis_channel.config import RedisChannelConfig
 from specforge_redis_channel.connection import RedisConnection, Script, plain, text
 from specforge_redis_channel.heart import Heart, Member
 from specforge_redis_channel.membership import take_place
-
-if TYPE_CHECKING:
-    from specforge_redis_channel.config import RedisChannelConfig
 
 QUEUE = Script("queue")
 
@@ -45,36 +44,25 @@ _BATCHES_PER_CALL = 1000
 """A script of so many takes some milliseconds, during which the server answers nobody else."""
 _MOST_BYTES = 8 << 20
 """Of one batch or result: a million offsets that are wanted, the most that a batch has, take some 7 MB."""
-_MOST_NUMBER = 2**53 - 1
-"""The largest integer that the server's scripts count exactly."""
 _LEAVE_SECONDS = 5.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
-_ENTRY = re.compile(rb"(\d{1,16}) \d{1,16} (.*)", re.DOTALL)
-"""Order of the offer and content."""
-_RESULT = re.compile(rb"(\d{1,16}) (\d{1,16}) (\S+) (.*)", re.DOTALL)
-"""Position, number of the lease, key of the batch and content."""
 
 
 class RedisMembership(Membership):
     """A name in the queue, which the heartbeat of this process keeps."""
 
-    def __init__(self, name: str, session: str, *, leave: Callable[[RedisMembership, bool], None]) -> None:
-        self.session = session
-        self.member: Member = ("m", name, session)
-        self._name = name
+    def __init__(self, name: str, *, leave: Callable[[RedisMembership], None]) -> None:
+        self.member: Member = ("m", name, secrets.token_hex(8))
+        self.words = (plain(name), self.member[2])
         self._leave = leave
 
     @property
     def name(self) -> str:
-        return self._name
+        return self.member[1]
 
     def close(self) -> None:
         """:raises ChannelError: the server could not be told within some seconds; the heartbeat ends all the same."""
-        self._leave(self, True)
-
-    def abandon(self) -> None:
-        """End the heartbeat without a word, as a death would."""
-        self._leave(self, False)
+        self._leave(self)
 
 
 class _HeartConnection(RedisConnection):
@@ -90,7 +78,7 @@ class RedisQueue(CaptureQueue):
     def __init__(self, config: RedisChannelConfig, context: PartContext) -> None:
         base = "specforge:{" + quote(context.run_id, safe="", errors="surrogatepass") + "}"
         proof = access_proof(context.token, purpose=base) if context.token is not None else ""
-        self._new_connection = lambda: RedisConnection(config, base=base, proof=proof)
+        self._new_connection = partial(RedisConnection, config, base=base, proof=proof)
         self._connection = self._new_connection()
         beating = _HeartConnection(config, base=base, proof=proof)
         self._heart = Heart(beating, lease_seconds=config.lease_seconds)
@@ -100,91 +88,76 @@ class RedisQueue(CaptureQueue):
 
     def join(self, name: str) -> RedisMembership:
         """:raises ChannelError: no server, a name that is no text, or one that a living process has."""
-        where = f"{self._connection.where}, member {name[:80]!r}"
         if not name or text(plain(name)) != name:
-            raise ChannelError("a member needs a name that is text in UTF-8", where=where)
-        if name in self._own:
-            raise ChannelError("this process has joined under that name already", where=where)
-        membership = RedisMembership(name, secrets.token_hex(8), leave=self._leave)
+            raise ChannelError(f"a member needs a name that is text: {name[:80]!r}", where=self._connection.where)
+        membership = RedisMembership(name, leave=self._leave)
         with closing(self._new_connection()) as connection:
-            take_place(
-                connection,
-                lambda: connection.run(QUEUE, "join", plain(name), membership.session),
-                what=f"another process has joined as {name}",
-            )
+            ask = partial(connection.run, QUEUE, "join", *membership.words)
+            take_place(connection, ask, what=f"another process has joined as {name}")
         self._own[name] = membership
         self._heart.join(membership, membership.member)
         return membership
 
-    def _leave(self, membership: RedisMembership, tell: bool) -> None:
+    def _leave(self, membership: RedisMembership) -> None:
         if self._own.get(membership.name) is not membership:
             return
         del self._own[membership.name]
         self._heart.leave(membership.member)
-        if tell:  # over a connection of its own: another call may be waiting for the server on the queue's
-            with closing(self._new_connection()) as connection:
-                words = (plain(membership.name), membership.session)
-                connection.call(lambda: connection.run(QUEUE, "leave", *words), at_most=_LEAVE_SECONDS)
+        # Over a connection of its own: another call may be waiting for the server on the queue's.
+        with closing(self._new_connection()) as connection:
+            tell = partial(connection.run, QUEUE, "leave", *membership.words)
+            connection.call(tell, at_most=_LEAVE_SECONDS)
 
     def offer(self, batches: Sequence[CaptureBatch], *, above: int = 0) -> None:
         """Many batches are offered in parts, which others see one after the other.
 
-        :raises ChannelError: a batch that no reader would take, or a number that the server cannot count to.
+        :raises ValueError: a batch or a number that no reader would take.
         """
-        if not above <= _MOST_NUMBER:
-            raise ChannelError(f"leases cannot be numbered above {above}", where=self._connection.where)
-        words = self._batch_words(batches)
+        check_offer(batches, above)
+        words = _batch_words(batches)
         session = b""
         for first in range(0, max(len(words), 1), 2 * _BATCHES_PER_CALL):
             part = words[first : first + 2 * _BATCHES_PER_CALL]
-            [_, session] = self._ask("offer", _new_request(), session, above, *part)
+            session = self._ask("offer", secrets.token_hex(8), session, above, *part)[1]
 
     def take(self, worker: str, timeout: float) -> NumberedLease | None:
         if worker not in self._own:
             raise ChannelError(f"{worker} has not joined here", where=self._connection.where)
-        session, request = self._own[worker].session, _new_request()
+        words = (*self._own[worker].words, secrets.token_hex(8))
         for _ in _turns(timeout):
-            status, *found = self._ask("take", plain(worker), session, request)
+            status, *found = self._ask("take", *words)
             if status == b"lease":
-                key, content, *numbers = found
-                with self._reading("entries"):
-                    batch = _read_batch(key, _parse(content))
-                    number, attempt, now = map(int, numbers)
-                return NumberedLease(batch=batch, worker=worker, number=number, attempt=attempt, session=now)
+                return self._lease(worker, found)
             if status == b"replaced":
-                raise ChannelError(
-                    f"another process has joined as {worker}",
-                    where=self._connection.where,
-                    hint="this process was taken for dead; end it",
-                )
+                what, hint = f"another process has joined as {worker}", "this process was taken for dead; end it"
+                raise ChannelError(what, where=self._connection.where, hint=hint)
             if status == b"ended":
-                return None
+                break
         return None
 
     def finish(self, lease: NumberedLease, refs: Sequence[SampleRef], *, signature: str = "") -> bool:
         """:raises ChannelError: a ref that cannot be recorded, more refs than one result takes, or no room."""
         try:
             layouts, record = RefEncoder().encode_batch(refs) if refs else ([], [])
+            result = _json([lease.worker, _fields(lease.batch), layouts, record, signature])
+            if len(result) > _MOST_BYTES:
+                raise ValueError(f"refs of {len(result)} bytes, above {_MOST_BYTES}: give prompts ids that are shorter")
         except ValueError as error:
-            raise ChannelError(str(error), where=self._connection.where) from error
-        result = _json([lease.worker, _fields(lease.batch), layouts, record, signature])
-        if len(result) > _MOST_BYTES:
-            raise ChannelError(
-                f"the refs of {lease.batch.key} take {len(result)} bytes, above {_MOST_BYTES}",
-                where=self._connection.where,
-                hint="give prompts ids that are shorter",
-            )
-        [status] = self._ask("finish", *_words(lease), _new_request(), result)
-        return bool(status == b"ok")
+            raise ChannelError(f"{lease.batch.key}: {error}", where=self._connection.where) from error
+        key, worker = plain(lease.batch.key), plain(lease.worker)
+        return bool(self._ask("finish", key, lease.number, worker, secrets.token_hex(8), result) == [b"ok"])
 
     def give_back(self, lease: NumberedLease, *, instead: Sequence[CaptureBatch] = ()) -> None:
-        self._ask("give_back", *_words(lease), *self._batch_words(instead))
+        check_offer(instead, 0)
+        words = _batch_words(instead)
+        self._ask("give_back", plain(lease.batch.key), lease.number, plain(lease.worker), *words)
 
     def outstanding(self) -> Sequence[CaptureBatch]:
         [_, found] = self._ask("outstanding")
         with self._reading("entries"):
-            entries = [(*_match(_ENTRY, entry), key) for key, entry in zip(found[::2], found[1::2], strict=True)]
-            return [_read_batch(key, _parse(content)) for order, content, key in sorted(entries, key=_order)]
+            entries = [(*entry.split(b" ", 2), key) for key, entry in zip(found[::2], found[1::2], strict=True)]
+            offered = sorted(entries, key=lambda entry: int(entry[0]))
+            return [_read_batch(key, _parse(content)) for _, _, content, key in offered]
 
     def results(self, after: int, timeout: float) -> Results:
         for _ in _turns(timeout):
@@ -197,8 +170,8 @@ class RedisQueue(CaptureQueue):
         self._ask("commit", position)
 
     def end(self, ending: Ending) -> bool:
-        [status] = self._ask("end", ending.session, _new_request(), _json([*asdict(ending).values()]))
-        return bool(status == b"ok")
+        content = _json([*asdict(ending).values()])
+        return bool(self._ask("end", ending.session, secrets.token_hex(8), content) == [b"ok"])
 
     def close(self) -> None:
         """The members of this process leave.
@@ -233,39 +206,34 @@ class RedisQueue(CaptureQueue):
             results = [self._result(int(first) + index, record) for index, record in enumerate(records)]
         return Results(results=results, members=members, session=int(session), ending=ended, outstanding=int(count))
 
+    def _lease(self, worker: str, found: Sequence[bytes]) -> NumberedLease:
+        key, content, *numbers = found
+        with self._reading("entries"):
+            number, attempt, session = map(int, numbers)
+            batch = _read_batch(key, _parse(content))
+            return NumberedLease(batch=batch, worker=worker, number=number, attempt=attempt, session=session)
+
     def _result(self, position: int, record: bytes) -> Result:
         """:raises ValueError: no queue was given this for a result."""
-        place, number, key, content = _match(_RESULT, record)
-        worker, fields, layouts, refs, signature = _list(_parse(content), 5)
-        if int(place) != position:
+        place, number, key, content = record.split(b" ", 3)
+        worker, fields, layouts, refs, signature = _parse(content)
+        if int(place) != position or {type(worker), type(signature)} != {str}:
             raise ValueError(f"not the result at position {position}")
         return Result(
             position=position,
             batch=_read_batch(key, fields),
-            number=int(number),
-            worker=_text(worker),
+            number=self._connection.count(number, "results"),
+            worker=worker,
             refs=_read_refs(layouts, refs, origin=f"{self._connection.where}:results, position {position}"),
-            signature=_text(signature),
+            signature=signature,
         )
-
-    def _batch_words(self, batches: Sequence[CaptureBatch]) -> list[bytes]:
-        """Key and content of every batch.
-
-        :raises ChannelError: a batch that no reader would take.
-        """
-        try:
-            return [
-                word for batch in batches for word in (plain(read_batch(_fields(batch)).key), _json(_fields(batch)))
-            ]
-        except ValueError as error:
-            raise ChannelError(f"a batch that cannot be offered: {error}", where=self._connection.where) from error
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
         """A value that no queue put there is an error that names the key."""
         try:
             yield
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise self._connection.damaged(f"{self._connection.base}:{key}") from error
 
 
@@ -281,9 +249,9 @@ def _turns(timeout: float) -> Iterator[None]:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-def _new_request() -> str:
-    """A name for all tries of one call."""
-    return secrets.token_hex(8)
+def _batch_words(batches: Sequence[CaptureBatch]) -> list[bytes]:
+    """Key and content of every batch."""
+    return [word for batch in batches for word in (plain(batch.key), _json(_fields(batch)))]
 
 
 def _fields(batch: CaptureBatch) -> dict[str, Any]:
@@ -294,33 +262,10 @@ def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
-def _match(pattern: re.Pattern[bytes], record: bytes) -> tuple[bytes, ...]:
-    found = pattern.fullmatch(record)
-    if not found:
-        raise ValueError("not a record of this kind")
-    return found.groups()
-
-
-def _order(entry: tuple[bytes, ...]) -> int:
-    return int(entry[0])
-
-
 def _parse(content: bytes) -> Any:
     if len(content) > _MOST_BYTES:
         raise ValueError(f"more than {_MOST_BYTES} bytes")
     return parse_json(content)
-
-
-def _list(value: Any, size: int) -> list[Any]:
-    if type(value) is not list or len(value) != size:
-        raise ValueError(f"not {size} fields")
-    return value
-
-
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise ValueError("a text that is none")
-    return value
 
 
 def _read_batch(key: bytes, fields: Any) -> CaptureBatch:
@@ -340,12 +285,7 @@ def _read_refs(layouts: Any, record: Any, *, origin: str) -> list[SampleRef]:
 
 
 def _read_ending(content: bytes, session: int) -> Ending:
-    kind, number, *texts = _list(_parse(content), 6)
-    if kind not in get_args(EndKind) or number != session:
+    kind, number, by, what, where, hint = _parse(content)
+    if kind not in get_args(EndKind) or number != session or {*map(type, (by, what, where, hint))} != {str}:
         raise ValueError("not how this session ended")
-    by, what, where, hint = map(_text, texts)
     return Ending(kind=kind, session=session, by=by, what=what, where=where, hint=hint)
-
-
-def _words(lease: NumberedLease) -> tuple[bytes | int, ...]:
-    return plain(lease.batch.key), lease.number, plain(lease.worker)
