@@ -5,10 +5,10 @@ Each call takes the log's lock, reads what others appended since, decides, and a
 that of the news. A worker writes the refs of a batch into a file of its own first, and syncs it; the record that
 finishes the batch points there. Members keep their files locked and touched: that is how their deaths show.
 
-Kinds of records in ``queue.log``: ``V`` format and version (first), ``J`` a member joined (name, lock domain), ``L``
-left, ``O`` offered (numbers above, batches), ``T`` taken (by whom), ``F`` finished (number, worker, place of its refs),
-``G`` given back (number, worker, what is offered instead), ``D`` dropped, ``C`` committed, ``E`` ended. In
-``NAME.refs``: ``R`` the refs of one batch.
+Kinds of records in ``queue.log``: ``V`` format, version and identity (first), ``J`` a member joined (name, lock
+domain), ``L`` left, ``O`` offered (numbers above, batches), ``T`` taken (by whom), ``F`` finished (number, worker,
+place of its refs), ``G`` given back (number, worker, what is offered instead), ``D`` dropped, ``C`` committed, ``E``
+ended. In ``NAME.refs``: ``R`` the refs of one batch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from specforge_core.channel.queue_book import Finished, QueueBook
 from specforge_core.channel.queue_files import FileMembership, MemberFiles, RefsAt
-from specforge_core.channel.queue_records import VERSION_FRAME, Replay, batches_as_json, ending_as_json
-from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef, check_metadata_only
-from specforge_core.contracts.capture_queue import CaptureQueue, Ending, NumberedLease, Result, Results, check_offer
+from specforge_core.channel.queue_records import Replay, batches_as_json, ending_as_json, version_frame
+from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef
+from specforge_core.contracts.capture_queue import (
+    CaptureQueue,
+    Ending,
+    NumberedLease,
+    Result,
+    Results,
+    check_offer,
+    check_refs,
+)
 from specforge_core.features.record_file import frame
 from specforge_core.features.shared_log import SharedLog
 
@@ -94,8 +103,7 @@ class FileQueue(CaptureQueue):
         return self._when(take, timeout)
 
     def finish(self, lease: NumberedLease, refs: Sequence[SampleRef], *, signature: str = "") -> bool:
-        for ref in refs:
-            check_metadata_only(ref)
+        check_refs(lease, refs)
         offset = self._files.write_refs(lease.worker, refs, signature)
         with self._call():
             if not self._book.holds(lease):
@@ -122,10 +130,15 @@ class FileQueue(CaptureQueue):
 
         found = self._when(look, timeout)
         with self._call():
-            members, session, ending = frozenset(self._replay.members), self._book.session, self._book.ending
-            outstanding = len(self._book.outstanding())
-        results = [self._read(item) for item in found]
-        return Results(results=results, members=members, session=session, ending=ending, outstanding=outstanding)
+            seen = Results(
+                identity=self._replay.identity,
+                results=(),
+                members=frozenset(self._replay.members),
+                session=self._book.session,
+                ending=self._book.ending,
+                outstanding=len(self._book.outstanding()),
+            )
+        return replace(seen, results=[self._read(item) for item in found])
 
     def _read(self, item: Finished[RefsAt]) -> Result:
         refs, signature = self._files.read_refs(item.payload)
@@ -187,11 +200,14 @@ class FileQueue(CaptureQueue):
         """
         with self._log.locked(before=self._catch_up):
             self._catch_up()
+            if not self._replay.identity:
+                self._log.append([], version=version_frame())
+                self._catch_up()
             yield
 
     def _append(self, kind: str, body: object, *, durable: bool = False) -> NumberedLease | None:
         """Append to the log and replay it: the book changes in no other way. The lease that was taken, if any."""
-        self._log.append([frame(kind, body)], version=VERSION_FRAME, durable=durable)
+        self._log.append([frame(kind, body)], version=b"", durable=durable)
         return self._catch_up()
 
     def _catch_up(self) -> NumberedLease | None:

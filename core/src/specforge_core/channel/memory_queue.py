@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from specforge_core.channel.queue_book import QueueBook
-from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef, check_metadata_only
+from specforge_core.contracts import CaptureBatch, ChannelError, SampleRef
 from specforge_core.contracts.capture_queue import (
     CaptureQueue,
     Ending,
@@ -17,6 +18,7 @@ from specforge_core.contracts.capture_queue import (
     Result,
     Results,
     check_offer,
+    check_refs,
 )
 
 T = TypeVar("T")
@@ -28,6 +30,7 @@ class MemoryQueue(CaptureQueue):
     """Nothing of it outlives the process."""
 
     def __init__(self) -> None:
+        self._identity = secrets.token_hex(8)
         self._changed = threading.Condition()
         self._book = QueueBook[_Published]()
         self._members: set[str] = set()
@@ -59,8 +62,7 @@ class MemoryQueue(CaptureQueue):
             return self._when(lambda: self._book.take(worker), timeout)
 
     def finish(self, lease: NumberedLease, refs: Sequence[SampleRef], *, signature: str = "") -> bool:
-        for ref in refs:
-            check_metadata_only(ref)
+        check_refs(lease, refs)
         with self._changed:
             finished = self._book.finish(lease, (tuple(refs), signature))
             self._changed.notify_all()
@@ -79,6 +81,7 @@ class MemoryQueue(CaptureQueue):
         with self._changed:
             found = self._when(lambda: self._book.results(after), timeout) or []
             return Results(
+                identity=self._identity,
                 results=[
                     Result(
                         position=item.position,

@@ -6,6 +6,7 @@ Others may write into the directory: a record that is not exactly one of these i
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -17,11 +18,15 @@ from specforge_core.features.identity import file_name_problem
 from specforge_core.features.record_file import Record, frame
 
 _VERSION = ["specforge queue", 1]
-VERSION_FRAME = frame("V", _VERSION)
 _BATCH_FIELDS = ("split", "epoch", "first", "count", "wanted", "fingerprint")
 _ENDING_FIELDS = ("kind", "session", "by", "what", "where", "hint")
 _MOST_COUNT = 2**53 - 1
 """The largest integer that every reader of JSON keeps exactly."""
+
+
+def version_frame() -> bytes:
+    """The first record of a new log."""
+    return frame("V", [*_VERSION, secrets.token_hex(8)])
 
 
 def batches_as_json(batches: Sequence[CaptureBatch]) -> list[Any]:
@@ -35,13 +40,14 @@ def ending_as_json(ending: Ending) -> list[Any]:
 class Replay:
     """A book as the log tells it.
 
+    :ivar identity: of the log; empty until its first record was read.
     :ivar members: who has joined and neither left nor was dropped, each with the lock domain it found itself in.
     """
 
     def __init__(self, book: QueueBook[RefsAt]) -> None:
         self.book = book
         self.members: dict[str, str] = {}
-        self._versioned = False
+        self.identity = ""
 
     def apply(self, record: Record) -> NumberedLease | None:
         """Take in the next record; the lease that it gave, if it did.
@@ -49,10 +55,10 @@ class Replay:
         :raises ChannelError: it is none of this log, naming file and offset.
         """
         body = record.body()
-        if not self._versioned:
-            if (record.kind, body) != ("V", _VERSION):
+        if not self.identity:
+            if record.kind != "V" or type(body) is not list or body[:2] != _VERSION or type(body[-1]) is not str:
                 raise record.malformed(f"format {body}, this version reads {_VERSION}")
-            self._versioned = True
+            self.identity = body[-1]
             return None
         try:
             return self._apply(record.kind, body)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specforge_core.contracts.leases import CaptureBatch, check_batch
-from specforge_core.contracts.records import SampleRef
+from specforge_core.contracts.records import SampleRef, check_metadata_only
 
 EndKind = Literal["finished", "stopped", "failed"]
 
@@ -72,14 +72,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Results:
-    """What a queue says to whoever looks.
+    """The state of a queue, as far as a reader needs it.
 
+    :param identity: of the queue. One that was made anew, or lost everything, has another: its positions begin again.
     :param results: finished batches, oldest first; more may follow these.
-    :param members: who has joined and lives.
+    :param members: names of those that have joined and live.
     :param ending: how the session ended; None while it goes on, or none has begun.
-    :param outstanding: batches offered and not finished.
+    :param outstanding: number of batches offered and not finished.
     """
 
+    identity: str
     results: Sequence[Result]
     members: frozenset[str]
     session: int
@@ -99,8 +101,22 @@ def check_offer(batches: Sequence[CaptureBatch], above: int) -> None:
         check_batch(batch)
 
 
+def check_refs(lease: NumberedLease, refs: Sequence[SampleRef]) -> None:
+    """
+    :raises TypeError: a ref holds anything but metadata.
+    :raises ValueError: a ref is of another generation than the lease's number; skipped ones have none.
+    """
+    for ref in refs:
+        check_metadata_only(ref)
+        if not ref.skipped and ref.generation != lease.number:
+            raise ValueError(f"{ref.sample_id} is of generation {ref.generation}, its lease has number {lease.number}")
+
+
 class Membership(ABC):
-    """A worker, or the train role, as the others see it: alive while this is open."""
+    """A worker, or the train role, as the others see it: alive while this is open.
+
+    A member that stood still for so long that it was taken for dead lost its leases; it is one again when it goes on.
+    """
 
     @property
     @abstractmethod
@@ -148,6 +164,7 @@ class CaptureQueue(ABC):
         nobody will read what was put under it.
 
         :raises TypeError: a ref holds anything but metadata.
+        :raises ValueError: a ref is of another generation than the lease's number.
         """
 
     @abstractmethod

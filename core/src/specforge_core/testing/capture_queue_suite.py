@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from specforge_core.contracts import CaptureBatch, ChannelError
+from specforge_core.contracts import CaptureBatch, ChannelError, skipped_ref
 from specforge_core.contracts.capture_queue import CaptureQueue, Ending, NumberedLease
 from specforge_core.testing.queue_under_test import QueueUnderTest, Worker, make_batch, make_refs, read_all
 from specforge_core.testing.samples import make_ref
@@ -41,6 +41,21 @@ class CaptureQueueSuite(QueueUnderTest):
         assert numbers[0] > 0
         worker.take_nothing()
         assert list(worker.queue.outstanding()) == batches
+
+    def test_a_queue_is_told_from_others(self, worker: Worker, opened_again: CaptureQueue, directory: Path) -> None:
+        another = self.make_queue(directory.with_name("another"))
+        identities = [queue.results(0, 0.0).identity for queue in (worker.queue, opened_again, another)]
+        another.close()
+        assert identities[0] == identities[1] != identities[2]
+        assert "" not in identities
+
+    def test_refs_are_of_their_lease(self, worker: Worker) -> None:
+        worker.queue.offer([make_batch(0)])
+        lease = worker.take()
+        with pytest.raises(ValueError):
+            worker.queue.finish(lease, [*make_refs(lease)[:3], make_ref(3, generation=lease.number + 1)])
+        assert worker.queue.finish(lease, [*make_refs(lease)[:3], skipped_ref("p.e0", prompt_id="p", epoch=0)])
+        assert read_all(worker.queue)[0].refs[3].skipped
 
     def test_waits_end(self, worker: Worker) -> None:
         waits = (
@@ -257,6 +272,7 @@ class DurableQueueSuite(CaptureQueueSuite):
 
     def test_everything_is_there_when_it_is_opened_again(self, directory: Path) -> None:
         queue = self.make_queue(directory)
+        identity = queue.results(0, 0.0).identity
         worker = Worker(queue, queue.join("capture-0"), self.wait_seconds)
         queue.offer([make_batch(number) for number in range(4)], above=40)
         leases = [worker.take() for _ in range(3)]
@@ -266,6 +282,7 @@ class DurableQueueSuite(CaptureQueueSuite):
         self.kill_member(queue, worker.member)
         queue.close()
         queue = self.make_queue(directory)
+        assert queue.results(0, 0.0).identity == identity
         assert [(r.position, r.number, list(r.refs), r.signature) for r in read_all(queue)] == [
             (2, leases[1].number, make_refs(leases[1]), "s")
         ]

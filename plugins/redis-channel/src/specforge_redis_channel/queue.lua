@@ -1,6 +1,6 @@
 -- The queue of capture work: the same book as specforge_core.channel.queue_book, with members that show life.
 -- A call whose reply was lost is made again under the same request, which is kept until that caller's next such call.
-local QUEUE = base .. ':queue'        -- hash: number, session, position, committed, order (of offers); ending, while ended
+local QUEUE = base .. ':queue'        -- hash: identity, number, session, position, committed, order (of offers); ending, while ended
 local MEMBERS = base .. ':members'    -- hash: name -> session of its last process, '' once that left
 local LAST = base .. ':last'          -- hash: call, and by whom -> request of the last one, and what came of it
 local ENTRIES = base .. ':entries'    -- hash: batch -> 'order attempt json' while it is outstanding
@@ -201,7 +201,7 @@ function operations.outstanding()
 end
 
 -- witness: a member of the calling process, whose heartbeat tells whether this server stood still; '' for none.
-function operations.results(after, witness)
+function operations.results(after, witness, identity)
   even_if_full()
   if witness ~= '' and stood_still('m:' .. witness) then return {'lapsed'} end
   drop_dead()
@@ -217,7 +217,9 @@ function operations.results(after, witness)
   end
   local session, ending = digits(count(QUEUE, 'session')), redis.call('HGET', QUEUE, 'ending') or ''
   local alive = redis.call('ZRANGE', ALIVE, 0, -1)
-  return {'ok', digits(first), found, alive, session, ending, digits(redis.call('HLEN', ENTRIES))}
+  redis.call('HSETNX', QUEUE, 'identity', identity)  -- a server that lost everything gets another
+  local known = redis.call('HGET', QUEUE, 'identity')
+  return {'ok', digits(first), found, alive, session, ending, digits(redis.call('HLEN', ENTRIES)), known}
 end
 
 function operations.commit(position)

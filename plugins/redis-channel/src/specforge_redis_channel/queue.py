@@ -30,6 +30,7 @@ from specforge_core.contracts.capture_queue import (
     Result,
     Results,
     check_offer,
+    check_refs,
 )
 from specforge_core.contracts.files import parse_json
 
@@ -137,6 +138,7 @@ class RedisQueue(CaptureQueue):
 
     def finish(self, lease: NumberedLease, refs: Sequence[SampleRef], *, signature: str = "") -> bool:
         """:raises ChannelError: a ref that cannot be recorded, more refs than one result takes, or no room."""
+        check_refs(lease, refs)
         try:
             layouts, record = RefEncoder().encode_batch(refs) if refs else ([], [])
             result = _json([lease.worker, _fields(lease.batch), layouts, record, signature])
@@ -197,14 +199,19 @@ class RedisQueue(CaptureQueue):
 
     def _look(self, after: int) -> Results:
         witness = next(iter(list(self._own)), "")
-        [_, first, records, alive, session, ending, count] = self._ask("results", after, plain(witness))
+        [_, first, records, alive, session, ending, count, known] = self._ask(
+            "results", after, plain(witness), secrets.token_hex(8)
+        )
         with self._reading("alive"):
             members = frozenset(member.decode()[2:] for member in alive if member.startswith(b"m:"))
         with self._reading("queue"):
             ended = _read_ending(ending, int(session)) if ending else None
+            own = known.decode("ascii")
         with self._reading("results"):
             results = [self._result(int(first) + index, record) for index, record in enumerate(records)]
-        return Results(results=results, members=members, session=int(session), ending=ended, outstanding=int(count))
+        return Results(
+            identity=own, results=results, members=members, session=int(session), ending=ended, outstanding=int(count)
+        )
 
     def _lease(self, worker: str, found: Sequence[bytes]) -> NumberedLease:
         key, content, *numbers = found
