@@ -8,6 +8,7 @@ import json
 
 import pytest
 from rich.console import Console
+from specforge_core.cli.bench_table import bench_table
 from specforge_core.config.run_config import BenchSection
 from specforge_core.contracts import BenchError, DataError, Prompt, SilentProgress
 from specforge_core.decoding.bench import BenchSides, cut_prompts, find_difference, run_bench
@@ -85,7 +86,7 @@ def test_one_token_outputs_give_no_acceptance_rather_than_a_zero():
 
 def test_table_says_whether_output_is_identical():
     console = Console(file=io.StringIO(), width=100)
-    console.print(bench(wrong_after=6).table())
+    console.print(bench_table(bench(wrong_after=6)))
     assert "NO" in console.file.getvalue()
 
 

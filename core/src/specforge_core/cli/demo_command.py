@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specforge_core.cli.bench_table import bench_table
 from specforge_core.cli.progress import show_progress
 from specforge_core.cli.session import console, messages, open_run
 from specforge_core.contracts import Split
@@ -65,7 +66,7 @@ def demo(
     with _step("report"):
         page = _report(run.directory.root)
     simulated = evaluation.simulated_acceptance_length
-    console.print(result.table())
+    console.print(bench_table(result))
     console.print(
         f"simulated acceptance length on held-out features: {simulated:.2f}\n" if simulated else "",
         f"export: {exported}\nreport: {page}\nrun again: specforge bench {run.directory.root}\n"

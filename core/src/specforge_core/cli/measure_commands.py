@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specforge_core.cli.bench_table import bench_table
 from specforge_core.cli.run_commands import Overrides, RunArgument
 from specforge_core.cli.session import console, messages, open_run
 
@@ -96,7 +97,7 @@ def bench(
     if as_json:
         console.print_json(json.dumps(result.to_json()))
     else:
-        console.print(result.table())
+        console.print(bench_table(result))
     result.raise_if_lossy()
 
 

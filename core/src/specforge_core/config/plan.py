@@ -32,6 +32,7 @@ from specforge_core.hooks.foreign import foreign_code
 from specforge_core.hooks.kinds import KINDS, PARTS, Kind
 from specforge_core.hooks.manager import PluginRegistry
 from specforge_core.hooks.sections import (
+    OptimizerDefaults,
     PluginSection,
     StrategyConfig,
     TargetEngineConfig,
@@ -123,6 +124,18 @@ class Plan:
             f"{training.micro_batch_size}, {training.epochs} epoch(s)",
         }
 
+    @property
+    def optimizer(self) -> OptimizerDefaults:
+        """What the run trains with: its own settings, and the strategy's where it says nothing."""
+        training = self.config.training
+        given = {
+            "learning_rate": training.learning_rate,
+            "warmup_ratio": training.warmup_ratio,
+            "max_grad_norm": training.max_grad_norm,
+        }
+        own = {name: value for name, value in given.items() if value is not None}
+        return self.strategy_section.optimizer_defaults.model_copy(update=own)
+
     def resolved(self) -> dict[str, Any]:
         """The run file with every default written out; loading it, and saying its secrets again, gives this plan."""
         values = self.config.model_dump(mode="json")
@@ -130,9 +143,7 @@ class Plan:
         values["target"] = self.target_section.model_dump(mode="json")
         values["store"] = self.store_section.model_dump(mode="json")
         values["channel"] = self.channel_section.model_dump(mode="json")
-        defaults = self.strategy_section.optimizer_defaults.model_dump(mode="json")
-        training = values["training"]
-        training.update({key: value for key, value in defaults.items() if training[key] is None})
+        values["training"].update(self.optimizer.model_dump(mode="json"))
         return cast("dict[str, Any]", without_secrets(values))
 
     def as_json(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bench measured, as numbers, as JSON and as a table. Stage 7; read again by the report.
+"""What a bench measured, as numbers and as JSON. Stage 7; read again by the report.
 
 ``acceptance_length`` (τ) is tokens emitted by decode passes over decode passes: the prefill and the token it emits
 belong to neither side. Speeds are given with and without the prefill.
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from rich.table import Table
 
 from specforge_core.contracts import BenchError, Ratio
 from specforge_core.decoding.speculative import DecodeResult
@@ -152,34 +150,11 @@ class BenchResult:
             "per_prompt": [outcome.to_json() for outcome in self.outcomes],
         }
 
-    def table(self) -> Table:
-        """The same for a terminal."""
-        table = Table(title=f"bench: {len(self.outcomes)} prompts, {self.draft_tokens} draft tokens per pass")
-        table.add_column("measured")
-        table.add_column("plain", justify="right")
-        table.add_column("speculative", justify="right")
-        table.add_column("ratio", justify="right")
-        for label, with_prefill in (("tokens/s, decode", False), ("tokens/s, prefill included", True)):
-            plain = self.tokens_per_second("plain", with_prefill=with_prefill)
-            speculative = self.tokens_per_second("speculative", with_prefill=with_prefill)
-            ratio = self.speedup(with_prefill=with_prefill)
-            table.add_row(label, _shown(plain, 1), _shown(speculative, 1), f"{_shown(ratio, 2)}×")
-        table.add_row("target passes", str(self._plain_passes()), str(self.target_passes), "")
-        table.add_row("acceptance length τ", "1.00", _shown(self.acceptance_length, 2), "")
-        table.add_row("acceptance rate", "", _shown(self.acceptance_rate, 3), "")
-        for position, accepted in enumerate(self.position_acceptance, start=1):
-            table.add_row(f"accepted at position {position}", "", _shown(accepted.value, 3), "")
-        table.add_section()
-        table.add_row("output identical", "", "yes" if self.lossless else "NO", "")
-        return table
-
-    def _plain_passes(self) -> int:
+    @property
+    def plain_passes(self) -> int:
+        """Target passes of plain decoding."""
         return sum(outcome.plain.target_passes for outcome in self.outcomes)
 
 
 def _quotient(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
-
-
-def _shown(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -237,7 +237,7 @@ class Run:
         return Loader(parts, plan=self.window_plan, settings=config.loading, seed=config.run.seed)
 
     def window_step(self) -> WindowStep:
-        training, defaults = self.plan.config.training, self.plan.strategy_section.optimizer_defaults
+        training, optimizer = self.plan.config.training, self.plan.optimizer
         draft = self.new_draft().to(device=training.device, dtype=getattr(torch, training.dtype))
         self.parallelism.prepare(draft)
         return WindowStep(
@@ -245,12 +245,12 @@ class Run:
             draft=draft,
             optimizer=DraftOptimizer(draft, weight_decay=training.weight_decay),
             schedule=Schedule(
-                peak=training.learning_rate or defaults.learning_rate,
-                warmup_ratio=defaults.warmup_ratio if training.warmup_ratio is None else training.warmup_ratio,
+                peak=optimizer.learning_rate,
+                warmup_ratio=optimizer.warmup_ratio,
                 total_steps=self.window_plan.total_windows,
             ),
             parallelism=self.parallelism,
-            max_grad_norm=training.max_grad_norm or defaults.max_grad_norm,
+            max_grad_norm=optimizer.max_grad_norm,
             device=training.device,
         )
 
