@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         StrategySpec,
         TargetEngineSpec,
     )
+    from specforge_core.hooks.local_server import LocalServer, dying_with_parent, free_port, spawn
     from specforge_core.hooks.sections import (
         FeatureStoreConfig,
         OptimizerDefaults,
@@ -45,6 +46,10 @@ _PUBLIC = {
     "RefChannelSpec": "hooks.descriptors",
     "StrategySpec": "hooks.descriptors",
     "TargetEngineSpec": "hooks.descriptors",
+    "LocalServer": "hooks.local_server",
+    "dying_with_parent": "hooks.local_server",
+    "free_port": "hooks.local_server",
+    "spawn": "hooks.local_server",
     "hookimpl": "hooks.specs",
 }
 
@@ -52,6 +57,7 @@ __all__ = [
     "DemoTarget",
     "FeatureStoreConfig",
     "FeatureStoreSpec",
+    "LocalServer",
     "OptimizerDefaults",
     "RefChannelConfig",
     "RefChannelSpec",
@@ -63,7 +69,10 @@ __all__ = [
     "TargetEngineConfig",
     "TargetEngineSpec",
     "VouchedStore",
+    "dying_with_parent",
+    "free_port",
     "hookimpl",
+    "spawn",
 ]
 
 

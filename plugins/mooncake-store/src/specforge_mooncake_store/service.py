@@ -8,51 +8,35 @@ process that brings it (``memory_holder``) is kept on loopback too.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
-import signal
 import socket
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from specforge_core import LocalServer, dying_with_parent, free_port, spawn
 from specforge_core.contracts import StoreError
 
 from specforge_mooncake_store.memory_holder import MemoryHolder
 
-_START_SECONDS = 10.0
-_STOP_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _MOST_MEMORY = 4 << 30
+"""Enough for a development run; never more than a quarter of the machine's."""
 _WHERE = "service mooncake"
 
 
-@dataclass(frozen=True)
-class Master:
+@dataclass(frozen=True, kw_only=True)
+class Master(LocalServer):
     """A running master. ``address`` is what ``store.master`` says; ``metrics`` answers HTTP."""
 
-    address: str
     metrics: str
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
 
-    def stop(self) -> None:
-        """End it, whatever state it is in. Idempotent."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.terminate()
-        try:
-            self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
 
 
 def start_master(port: int | None = None, *, options: Sequence[str] = ()) -> Master:
@@ -62,8 +46,7 @@ def start_master(port: int | None = None, *, options: Sequence[str] = ()) -> Mas
     :param options: more of its command line, such as ``--client_ttl=3``.
     :raises StoreError: it is not installed, or does not start.
     """
-    port = port or _free_port()
-    metrics = _free_port()
+    port, metrics = port or free_port(), free_port()
     command = [
         str(_program()),
         "--rpc_address=127.0.0.1",
@@ -74,19 +57,13 @@ def start_master(port: int | None = None, *, options: Sequence[str] = ()) -> Mas
         "--logtostderr=true",
         *options,
     ]
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by Master.stop
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_dying_with_us()
+    master = Master(port, *spawn(command), metrics=f"127.0.0.1:{metrics}")
+    master.wait_until(
+        lambda: _answers(port),
+        failed=lambda told: StoreError(
+            f"the master does not start: {told}", where=_WHERE, hint=f"is port {port} free?"
+        ),
     )
-    master = Master(f"127.0.0.1:{port}", f"127.0.0.1:{metrics}", process, log)
-    end = time.monotonic() + _START_SECONDS
-    while not _answers(port):
-        if process.poll() is not None or time.monotonic() > end:
-            log.seek(0)
-            told = log.read()[-1000:].decode(errors="replace")
-            master.stop()
-            raise StoreError(f"the master does not start: {told}", where=_WHERE, hint=f"is port {port} free?")
-        time.sleep(0.02)
     return master
 
 
@@ -99,7 +76,7 @@ def serve(port: int | None) -> None:
     with ExitStack() as started:
         master = start_master(port)
         started.callback(master.stop)
-        holder = MemoryHolder(master.address, memory, prepare=_dying_with_us())
+        holder = MemoryHolder(master.address, memory, prepare=dying_with_parent())
         started.callback(holder.stop)
         print(
             f"# a mooncake master with {memory / 2**30:.1f} GiB of memory, until Ctrl-C; in the run file:\n"
@@ -129,22 +106,6 @@ def _program() -> Path:
         except OSError as error:
             raise StoreError(f"{program} is not executable: {error.strerror}", where=_WHERE) from error
     return program
-
-
-def _dying_with_us() -> Callable[[], None]:
-    """What the child does before it becomes the master. The library is loaded here, in the parent."""
-    prctl, death_signal = ctypes.CDLL(None).prctl, 1
-
-    def before_exec() -> None:
-        prctl(death_signal, signal.SIGKILL)
-
-    return before_exec
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(port: int) -> bool:
