@@ -32,7 +32,7 @@ from specforge_dflash.config import DraftShape
 from specforge_dflash.loss import SlotScores, score_slots
 from specforge_dflash.rows import PackedBlocks, pack_blocks
 
-_INITIAL_STD = 0.02
+_INITIAL_STD = 0.02  # as GPT-2 and the models that are drafted for
 
 Angles = tuple[Tensor, Tensor]
 

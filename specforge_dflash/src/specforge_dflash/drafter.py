@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from specforge_dflash.draft_model import DflashDraft
 
-_GROWTH = 256
+_GROWTH = 256  # positions: a full cache is copied once in so many tokens
 
 
 class DflashDrafter(Drafter):

@@ -20,7 +20,7 @@ from specforge_domino.causal_head import PrefixGru, block_states, embed_correcti
 from specforge_domino.config import HeadShape
 from specforge_domino.loss import CorrectedScores, Correction, SlotWeights, score_corrected
 
-_INITIAL_STD = 0.02
+_INITIAL_STD = 0.02  # as GPT-2 and the models that are drafted for
 
 
 class DominoDraft(DflashDraft):

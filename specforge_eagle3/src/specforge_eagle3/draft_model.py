@@ -31,7 +31,7 @@ from specforge_eagle3.config import DraftShape
 from specforge_eagle3.loss import StepWeights, UnrollSums
 from specforge_eagle3.unroll import unrolled_sums
 
-_INITIAL_STD = 0.02
+_INITIAL_STD = 0.02  # as GPT-2 and the models that are drafted for
 
 
 class _Attention(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specforge_eagle3.draft_model import Eagle3Draft
 
-_GROWTH = 256
+_GROWTH = 256  # positions: a full cache is copied once in so many tokens
 
 
 class Eagle3Drafter(Drafter):

@@ -21,8 +21,8 @@ import torch
 from specforge_core.modeling import FrozenHead, VocabMap
 from torch import Tensor
 
-_CACHE_ELEMENTS = 4_000_000
-_DEVICE_ELEMENTS = 64_000_000
+_CACHE_ELEMENTS = 4_000_000  # 16 MB in fp32, about what a processor's last cache holds
+_DEVICE_ELEMENTS = 64_000_000  # 256 MB in fp32, a product large enough for a device
 
 
 def _chunk_size(device: torch.device, width: int) -> int:

@@ -45,7 +45,7 @@ _OFFERED_PER_RECORD = 1024
 """Some hundred bytes each, so that a record stays far below what readers take."""
 _RESULTS_AT_ONCE = 256
 """Their refs fit a few megabytes, and whoever reads them looks at the stop signal in between."""
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05  # a look costs a stat; a batch takes tenths of a second
 _LOOK_SECONDS = 0.25
 """How often dead members are looked for: a look costs a lock and a stat for each."""
 

@@ -12,10 +12,13 @@ from specforge_core.contracts.errors import RunStopped, SpecForgeError
 from specforge_core.contracts.redaction import redact_message, visible
 
 EXIT_ERROR = 2
+"""For what a user can mend; a bug ends with a traceback and 1."""
 EXIT_INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells have it."""
 _UNUSABLE_NAME = (errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG)
 """A path that somebody wrote somewhere, and nothing can even be asked about."""
 _SHOWN_CHARACTERS = 200
+"""Of a file name in an error."""
 
 
 def _list_plugins_at_once(*, as_json: bool) -> None:

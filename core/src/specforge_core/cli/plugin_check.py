@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specforge_core.hooks.descriptors import PartSpec
 
 _AT_ONCE = 2
+"""Each imports torch, which takes a core and some hundred megabytes."""
 _LAST_LINES = 3
 _MARK = "specforge-plugin-check:"
 

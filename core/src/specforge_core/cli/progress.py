@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from specforge_core.contracts import Progress
 
 LINE_EVERY_SECONDS = 10.0
+"""Where there is no terminal: often enough to see that it moves, and a log of days stays short."""
 
 
 def _shown(values: dict[str, float]) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specforge_core.training.observers import Outcome
 
 _GRACE_SECONDS = 30.0
+"""For the other process to write a checkpoint and end, after one of them was asked to stop."""
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN_HELP, show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help=OVERRIDES_HELP)]

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from specforge_core.contracts import ConfigError
-from specforge_core.contracts.redaction import hide_secrets, redact_message, show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, hide_secrets, redact_message, show_value
 
 Keys = tuple[str | int, ...]
 
@@ -28,7 +28,6 @@ _MAX_LEVELS = 50
 """Of lists and mappings in one another, aliases spelt out: whoever walks a value may do so by recursion."""
 _MAX_NUMBER_CHARACTERS = 64
 """No setting needs more; reading a number takes time that grows with the square of its length."""
-_ERROR_CHARACTERS = 200
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT, _MERGE = f"{_TAG}str", f"{_TAG}merge"
@@ -81,10 +80,10 @@ def parse_value(text: str, *, where: str) -> tuple[Any, dict[tuple[str, ...], in
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        problem = redact_message((error.problem or error.context or "cannot be read")[:_ERROR_CHARACTERS])
+        problem = redact_message((error.problem or error.context or "cannot be read")[:SAID_CHARACTERS])
         raise ConfigError(f"not valid YAML: {problem}", where=f"{where}{line}") from None
     except yaml.YAMLError as error:
-        problem = redact_message(str(error)[:_ERROR_CHARACTERS])
+        problem = redact_message(str(error)[:SAID_CHARACTERS])
         raise ConfigError(f"not valid YAML: {problem}", where=where) from None
     except RecursionError:
         raise ConfigError("not valid YAML: nested too deeply", where=where) from None
@@ -178,7 +177,7 @@ class _NodeReader:
         if not isinstance(node, yaml.ScalarNode):
             raise self._refuse(node, "a list or mapping stands where a key belongs")
         if node.tag not in (_TEXT, _MERGE):
-            raise self._refuse(node, f"key {hide_secrets(node.value[:_ERROR_CHARACTERS])} is not a string", "quote it")
+            raise self._refuse(node, f"key {hide_secrets(node.value[:SAID_CHARACTERS])} is not a string", "quote it")
         self._check_text(node)
         return str(node.value)
 
@@ -200,7 +199,7 @@ class _NodeReader:
 
     def _check_tag(self, node: yaml.Node, *allowed: str) -> None:
         if node.tag not in allowed:
-            tag = redact_message(str(node.tag)[:_ERROR_CHARACTERS].replace(_TAG, "!!"))
+            tag = redact_message(str(node.tag)[:SAID_CHARACTERS].replace(_TAG, "!!"))
             raise self._refuse(node, f"not valid YAML: {tag!r} is not read here")
 
     def _check_text(self, node: yaml.ScalarNode) -> None:

@@ -17,9 +17,7 @@ from specforge_core.config.overrides import apply_override, parse_override
 from specforge_core.config.run_config import RunConfig
 from specforge_core.config.validation import validate_section
 from specforge_core.contracts import ConfigError
-from specforge_core.contracts.redaction import hide_secrets
-
-_SHOWN_CHARACTERS = 200
+from specforge_core.contracts.redaction import SAID_CHARACTERS, hide_secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ def _locate(
     path: Path, lines: Mapping[tuple[str, ...], int], overridden: Mapping[tuple[str, ...], str], keys: Keys
 ) -> str:
     texts = tuple(str(key) for key in keys)
-    dotted = hide_secrets(".".join(texts))[:_SHOWN_CHARACTERS]
+    dotted = hide_secrets(".".join(texts))[:SAID_CHARACTERS]
     for length in range(len(texts), 0, -1):
         if texts[:length] in overridden:
             return f"override {overridden[texts[:length]]!r}"

@@ -8,9 +8,7 @@ from typing import Any
 
 from specforge_core.config.document import parse_value
 from specforge_core.contracts import ConfigError
-from specforge_core.contracts.redaction import HIDDEN, hide_secrets
-
-_SHOWN_CHARACTERS = 200
+from specforge_core.contracts.redaction import HIDDEN, SAID_CHARACTERS, hide_secrets
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +43,7 @@ def parse_override(text: str) -> Override:
 def _show(dotted: str, equals: str, value: str) -> str:
     named = hide_secrets(f"{dotted.rpartition('.')[2]}={value}").partition("=")[2]  # a key's own name may tell a secret
     text = f"{hide_secrets(dotted)}{equals}{named if named.startswith(HIDDEN) else hide_secrets(value)}"
-    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + HIDDEN
+    return text if len(text) <= SAID_CHARACTERS else text[:SAID_CHARACTERS] + HIDDEN
 
 
 def apply_override(values: dict[str, Any], override: Override) -> None:

@@ -49,6 +49,7 @@ class CaptureBatch:
 _MOST_PROMPTS = 1 << 20
 """Of one prefill; no device holds the hidden states of a million prompts."""
 _MOST_PLACES = 1 << 53
+"""What every reader of JSON keeps exactly."""
 
 
 def read_batch(fields: Mapping[str, Any]) -> CaptureBatch:

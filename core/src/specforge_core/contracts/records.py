@@ -78,6 +78,7 @@ class FeatureSpec:
 
 
 _MOST_DIMENSIONS = 8
+"""Features have three."""
 _MOST_ELEMENTS = 1 << 40
 """A sample of a hundred million tokens and ten thousand values each has a trillion; in bytes it fits 64 bits."""
 

@@ -14,7 +14,9 @@ from typing import Any
 HIDDEN = "…"
 SHOWN_CHARACTERS = 60
 """Of a value in a message: enough to recognise it, and a line still fits on a terminal."""
-_SHOWN_ITEMS, _SHOWN_LEVELS = 6, 3
+SAID_CHARACTERS = 200
+"""Of what a library, a file or somebody else says: the message stays a few lines whatever that is."""
+_SHOWN_ITEMS, _SHOWN_LEVELS = 6, 3  # of lists and objects, so that a message shows what they are and not all they hold
 _MESSAGE_CHARACTERS = 100_000
 """A longer message is cut: nobody reads it, and it may have been made long on purpose."""
 

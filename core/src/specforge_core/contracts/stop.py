@@ -8,6 +8,7 @@ import time
 from specforge_core.contracts.errors import RunStopped
 
 _TICK_SECONDS = 0.02
+"""How late a waiting thread may learn of a stop; nobody notices two hundredths of a second."""
 
 
 class StopSignal:

@@ -33,6 +33,7 @@ from specforge_core.contracts.files import describe_file, make_directory, read_j
 
 PROVENANCE_FILE = "specforge.json"
 PROBE_TOKENS = 8
+"""Enough for every layer to see a context; the comparison takes a moment."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

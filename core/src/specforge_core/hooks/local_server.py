@@ -21,6 +21,7 @@ _START_SECONDS = 10.0
 _STOP_SECONDS = 5.0
 """Nothing that it holds is worth a longer wait; then it is killed."""
 _LOOK_SECONDS = 0.01
+"""Servers start within a second; a look costs a read of some lines."""
 _TOLD_BYTES = 1000
 """Of its output in an error: the last lines say why it did not start."""
 _PR_SET_PDEATHSIG = 1

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 _ATEN = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
-_CUDA_HEAD_MULTIPLE, _CUDA_HEAD_LIMIT = 8, 256
+_CUDA_HEAD_MULTIPLE, _CUDA_HEAD_LIMIT = 8, 256  # what the flash kernel takes
 _LSE_MULTIPLE, _MASK_MULTIPLE = 32, 8  # how the memory-efficient kernel wants rows of its lse and mask to end
 
 

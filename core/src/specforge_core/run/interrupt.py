@@ -12,6 +12,7 @@ from types import FrameType
 from specforge_core.contracts import Progress, StopSignal
 
 EXIT_INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells have it."""
 
 
 class StoppableProgress:

@@ -24,6 +24,7 @@ from specforge_core.run.directory import run_file_of
 
 _MARK = b"# made here: "
 _KEY_BYTES = 32
+"""HMAC-SHA256's own size."""
 _ARTEFACTS = ("provenance.json", "ledger.sqlite", "checkpoints/step-*")
 """What a run leaves beside its run file. A folder called checkpoints alone has many a project of a user's own."""
 

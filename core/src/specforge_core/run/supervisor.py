@@ -26,10 +26,14 @@ from specforge_core.contracts.files import make_directory, open_regular
 from specforge_core.run.interrupt import EXIT_INTERRUPTED
 
 _FIRST_PAUSE_SECONDS = 0.5
+"""Before a process is started again; doubled each time, so that one that always fails costs little."""
 _LONGEST_PAUSE_SECONDS = 15.0
 _POLL_SECONDS = 0.05
+"""How late an end is noticed."""
 _REAP_SECONDS = 10.0
+"""A killed process is gone at once, unless its disk or device does not answer."""
 _TAIL_LINES = 20
+"""Of a process's log in an error: a traceback's end, or the last words."""
 _TAIL_BYTES = 16_384
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -16,6 +16,7 @@ from specforge_core.contracts import ConfigError
 
 VARIABLE = "SPECFORGE_TOKEN"
 _FEWEST_CHARACTERS = 16
+"""Sixteen random letters and digits are some 95 bits."""
 _MOST_BYTES = 1 << 16  # a device or a wrong file is not read to its end
 _MAKE_ONE = "make one: openssl rand -hex 32 > FILE; chmod 600 FILE"
 

@@ -18,7 +18,9 @@ DRAFT = "draft."
 OPTIMIZER = "optimizer."
 
 _BETAS = (0.9, 0.999)
+"""Adam's own (arXiv 1412.6980), as every trainer of drafts has them."""
 _EPS = 1e-8
+"""Adam's own."""
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from specforge_core.training.schedule import Schedule
 
 _NAMED_SAMPLES = 32
+"""Of a window in an error: most windows whole, and a large one on one screen."""
 
 
 class TrainingWindow(Protocol):

@@ -45,8 +45,8 @@ _BATCHES_PER_CALL = 1000
 """A script of so many takes some milliseconds, during which the server answers nobody else."""
 _MOST_BYTES = 8 << 20
 """Of one batch or result: a million offsets that are wanted, the most that a batch has, take some 7 MB."""
-_LEAVE_SECONDS = 5.0
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
+_LEAVE_SECONDS = 5.0  # a server that does not answer learns of it when the heartbeat ends
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05  # a look is one round trip; a batch takes tenths of a second
 
 
 class RedisMembership(Membership):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import open_regular, read_json_object
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, Record
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 """How these files begin."""
 SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"
-_SHOWN_CHARACTERS = 200
 _BATCH_ROWS = 64
 """Of a parquet file unpacked at a time: a page is, whatever it holds, so few rows are no slower."""
 
@@ -111,7 +110,7 @@ def _several_splits(directory: Path) -> DataError:
         return refuse("it lists no splits")
     shown = ", ".join(name if name.isprintable() else repr(name) for name in sorted(names)[:20])
     return DataError(
-        f"holds several splits: {shown[:_SHOWN_CHARACTERS]}",
+        f"holds several splits: {shown[:SAID_CHARACTERS]}",
         where=str(directory),
         hint=f"name one, such as {directory / (min(names) if min(names).isprintable() else 'train')}",
     )
@@ -131,7 +130,7 @@ def _reading(path: Path, table: Table) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(
-            f"is damaged: {str(error)[:_SHOWN_CHARACTERS]}",
+            f"is damaged: {str(error)[:SAID_CHARACTERS]}",
             where=str(path),
             hint="copy the dataset again, or save it anew",
         ) from error
@@ -203,7 +202,7 @@ def _choose(schema: pa.Schema, table: Table) -> tuple[list[int], frozenset[str]]
     for index in used:
         if not _is_plain(schema.types[index]):
             raise DataError(
-                f"column {schema.names[index]} has type {str(schema.types[index])[:_SHOWN_CHARACTERS]}, "
+                f"column {schema.names[index]} has type {str(schema.types[index])[:SAID_CHARACTERS]}, "
                 "which no prompt consists of",
                 where=table.name,
                 hint="text, numbers, and lists of them are read",

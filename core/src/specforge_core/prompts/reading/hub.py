@@ -21,7 +21,7 @@ import yaml
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import read_bytes
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 
 if TYPE_CHECKING:
     from specforge_core.config.run_config import HubSource
@@ -33,7 +33,6 @@ _MAX_CARD_BYTES = 4 << 20
 _TIMEOUT_SECONDS = 30.0
 _SPLIT_WORDS = ("train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation")
 _SPLITS = {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
-_SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def _asking(source: HubSource) -> Iterator[None]:
                 hint="correct its name or revision; for a private or gated one log in with `hf auth login`",
             ) from error
         raise DataError(
-            f"cannot be had from the hub: {str(error).strip().partition(chr(10))[0][:_SHOWN_CHARACTERS]}",
+            f"cannot be had from the hub: {str(error).strip().partition(chr(10))[0][:SAID_CHARACTERS]}",
             where=source.hub,
             hint="check the network, or fetch it where there is one and name the folder instead",
         ) from error
@@ -188,7 +187,7 @@ def _by_card(names: Sequence[str], configs: Sequence[Mapping[str, Any]], source:
     wanted = source.config or default or ("default" if "default" in known else known[0])
     if source.config is None and default is None and "default" not in known and len(known) > 1:
         raise DataError(
-            f"has several configurations: {', '.join(known)[:_SHOWN_CHARACTERS]}",
+            f"has several configurations: {', '.join(known)[:SAID_CHARACTERS]}",
             where=source.hub,
             hint=f"name one, such as config: {known[0]}",
         )
@@ -196,7 +195,7 @@ def _by_card(names: Sequence[str], configs: Sequence[Mapping[str, Any]], source:
         raise DataError(
             f"has no configuration {show_value(wanted)}",
             where=source.hub,
-            hint=f"it has {', '.join(known)[:_SHOWN_CHARACTERS]}",
+            hint=f"it has {', '.join(known)[:SAID_CHARACTERS]}",
         )
     patterns = _patterns_of(configs[known.index(wanted)], source.split)
     chosen = [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
@@ -227,7 +226,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _no_files(source: HubSource, names: Sequence[str]) -> DataError:
-    shown = ", ".join(names[:10])[:_SHOWN_CHARACTERS] or "none"
+    shown = ", ".join(names[:10])[:SAID_CHARACTERS] or "none"
     wanted = f"split {show_value(source.split)}" + (f" of {show_value(source.config)}" if source.config else "")
     return DataError(
         f"has no data files of {wanted}",

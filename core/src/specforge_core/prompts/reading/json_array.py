@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from specforge_core.contracts import DataError
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, too_long
 
 _CHUNK = 64 << 10
 _SPACES = re.compile(r"[ \t\n\r]*")
-_SHOWN_CHARACTERS = 200
 _NEAR_END = 16
 """Characters: an error so near the end of what was read may only mean that the rest is not there yet."""
 _HINT = "the file begins as a JSON array: one array of objects, and nothing after it"
@@ -62,7 +61,7 @@ class ArrayReader:
         return f"{self._name}:{number}" if number else self._name
 
     def _refuse(self, reason: str, number: int) -> DataError:
-        return DataError(f"is not JSON: {reason[:_SHOWN_CHARACTERS]}", where=self._where(number), hint=_HINT)
+        return DataError(f"is not JSON: {reason[:SAID_CHARACTERS]}", where=self._where(number), hint=_HINT)
 
     def _note_twice(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from specforge_core.contracts import DataError
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 from specforge_core.prompts.reading.json_array import ArrayReader
 from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, Record, too_long
 
@@ -30,7 +30,6 @@ _MAX_SKIPPED_BYTES = 64 * MAX_ROW_BYTES
 """How far the end of a line is looked for that is too long already: longer ones have none, it seems."""
 _MAX_BLANK_LINES = 1 << 20
 _CHUNK = 1 << 20
-_SHOWN_CHARACTERS = 200
 _HINT = "one JSON object per line, or one array of objects"
 
 
@@ -91,7 +90,7 @@ def _parse_line(line: bytes, number: int, where: str) -> Record:
     except UnicodeDecodeError:
         return Record(number, error=DataError("is not UTF-8", where=where, hint="convert the file to UTF-8"))
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:_SHOWN_CHARACTERS]
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:SAID_CHARACTERS]
         return Record(number, error=DataError(f"is not JSON: {reason}", where=where, hint=_HINT))
     return _checked(number, value, "", where)
 
@@ -133,7 +132,7 @@ def _open(path: Path, name: str) -> Iterator[io.BufferedReader]:
                 yield file
     except damage as error:
         raise DataError(
-            f"is damaged: {str(error)[:_SHOWN_CHARACTERS]}", where=name, hint="copy or pack the file again"
+            f"is damaged: {str(error)[:SAID_CHARACTERS]}", where=name, hint="copy or pack the file again"
         ) from error
     except OSError as error:
         raise DataError(

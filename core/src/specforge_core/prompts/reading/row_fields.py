@@ -12,7 +12,7 @@ from typing import Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import MAX_JSON_DEPTH, parse_json
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 CHOICE_KEYS = ("choices", "response", "request", "body")
@@ -46,7 +46,6 @@ ROW_KEYS = tuple(
 """Every key of a row that something may be made of, as the stage calls it."""
 REGENERATION_KEY = "regeneration"
 """What ``regenerate`` says of how a row's answers were made; nothing is made of it here."""
-_SHOWN_CHARACTERS = 200
 
 
 def check_mapping(mapping: Mapping[str, str]) -> None:
@@ -102,7 +101,7 @@ class Fields:
     def names(self) -> str:
         """The row's own keys, as a message shows them."""
         names = ", ".join(key if key.isprintable() else repr(key) for key in list(self._content)[:20]) or "none"
-        return names if len(names) <= _SHOWN_CHARACTERS else names[:_SHOWN_CHARACTERS] + "…"
+        return names if len(names) <= SAID_CHARACTERS else names[:SAID_CHARACTERS] + "…"
 
 
 def _find(content: Mapping[str, Any], path: str) -> Any:
@@ -130,7 +129,7 @@ def from_text(value: Any, where: str) -> Any:
         return parse_json(value)
     except ValueError as error:
         raise DataError(
-            f"is text that is not JSON: {str(error)[:_SHOWN_CHARACTERS]}", where=where, hint="a list or an object"
+            f"is text that is not JSON: {str(error)[:SAID_CHARACTERS]}", where=where, hint="a list or an object"
         ) from error
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from specforge_core.contracts import DataError
 from specforge_core.contracts.files import describe_file, open_regular, read_json_object, sync_directory
-from specforge_core.contracts.redaction import show_value
+from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 from specforge_core.prompts.reading.row_fields import REGENERATION_KEY
 from specforge_core.prompts.regeneration.dialogue import ENDINGS
 
@@ -28,7 +28,6 @@ MANIFEST_FILE, REPORT_FILE = "regeneration.json", "regeneration-report.json"
 _FILE_BYTES = 256 << 20
 """Of one file of rows: it is encoded by one worker process, and a set of a million rows has some twenty."""
 _MOST_REASONS = 20
-_REASON_CHARACTERS = 200
 _FINISH_REASONS: Mapping[str, str] = {
     "stop": "answers that ended by themselves",
     "calls": "answers that end in tool calls",
@@ -65,7 +64,7 @@ class RegenerationReport:
             self.answers[answer["finish_reason"]] += 1
             self.completion_tokens += answer.get("usage", {}).get("completion_tokens", 0)
             if "error" in answer:
-                self.failures[answer["error"][:_REASON_CHARACTERS]] += 1
+                self.failures[answer["error"][:SAID_CHARACTERS]] += 1
         self.thoughts += sum("reasoning_content" in message for message in rows[-1]["messages"])
 
     def as_json(self, skipped: Mapping[str, int]) -> dict[str, Any]:
