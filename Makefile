@@ -53,13 +53,13 @@ compare: setup
 	$(BIN)/python benchmarks/compare_strategies.py
 
 test: setup services
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Long versions of what the suite does in small: faults at random moments, and 20,000 samples.
 SEED   ?= 7
 FAULTS ?= 200
 chaos: setup services
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --faults $(FAULTS) --seed $(SEED)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/fault/chaos/chaos.py --faults $(FAULTS) --seed $(SEED)
 
 SECONDS ?= 120
 fuzz: setup

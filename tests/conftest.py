@@ -47,6 +47,16 @@ def specforge(tmp_path: Path) -> Specforge:
     return run
 
 
+WHOLE_RUNS = ("packaging", "flow", "fault", "fuzz", "contract")
+"""Folders whose files take longest: processes, servers, environments."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is long does not begin last, when one of two workers has nothing left to do."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in WHOLE_RUNS)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fuzz", "tests/fuzz; `make fuzz` is its long version")
     group.addoption("--fuzz-seconds", type=float, default=3.0, help="for each kind of files")

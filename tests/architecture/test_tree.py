@@ -52,3 +52,12 @@ def test_the_tree_is_parsed_as_meant() -> None:
         "specforge_core/\n  a/   first\n    x.py  one\n    b/\n      y.py  two\n  c/\n    z.py  three\n  top.py  four\n"
     )
     assert parse_tree(block) == {"a/x.py", "a/b/y.py", "c/z.py", "top.py"}
+
+
+def test_unit_tests_stand_where_their_subject_does() -> None:
+    """``tests/unit`` has core's folders, and one for each distribution beside it."""
+    unit = ROOT / "tests" / "unit"
+    folders = {path.relative_to(CORE).as_posix() for path in CORE.rglob("*") if path.is_dir()}
+    others = {path.name.removeprefix("specforge_") for path in ROOT.glob("**/src/specforge_*") if path != CORE}
+    found = {path.parent.relative_to(unit).as_posix() for path in unit.rglob("test_*.py")}
+    assert found <= folders | others

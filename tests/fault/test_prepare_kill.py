@@ -16,7 +16,7 @@ from preparing import FirstAdvance, Interrupting, contents, mixed_rows, prepare,
 from specforge_core.prompts import prepare as preparation
 from specforge_core.prompts.prompt_set import PromptSet
 
-SCRIPT = Path(__file__).parents[1] / "prepare_until_killed.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "prepare_until_killed.py"
 DEADLINE_SECONDS = 120
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from specforge_core.checkpoint.layout import complete_checkpoints
 from toy_run import ToyRun, same_bits
 
-_TESTS = Path(__file__).parents[1]
+_SUPPORT = Path(__file__).parents[1] / "support"
 _EPOCHS, _STEPS = 10, 40
 _DEADLINE_SECONDS = 60.0
 
 
 def _start(directory: Path) -> subprocess.Popen[bytes]:
     # a checkpoint at every step: much of the time the process is killed while one is being written
-    return subprocess.Popen([sys.executable, "toy_run.py", str(directory), str(_EPOCHS), "1"], cwd=_TESTS)
+    return subprocess.Popen([sys.executable, "toy_run.py", str(directory), str(_EPOCHS), "1"], cwd=_SUPPORT)
 
 
 def _kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool], seconds_later: float = 0.0) -> None:
@@ -70,7 +70,7 @@ def test_an_interrupted_process_checkpoints_where_it_stands(tmp_path: Path) -> N
         "print(run.trainer().fit())\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=_TESTS, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(tmp_path)], cwd=_SUPPORT, stdout=subprocess.PIPE, text=True
     )
     end = time.monotonic() + _DEADLINE_SECONDS
     while _steps_logged(tmp_path) < 5 and time.monotonic() < end:

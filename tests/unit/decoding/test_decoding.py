@@ -6,8 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from specforge_core.decoding.speculative import DecodeLimits, plain_decode, speculative_decode
-
-from tests.toy_decoding import CountingTarget, EmptyDrafter, ScriptedDrafter
+from toy_decoding import CountingTarget, EmptyDrafter, ScriptedDrafter
 
 PROMPT = [3, 1, 4]
 

@@ -42,7 +42,7 @@ def test_two_ranks_train_what_one_does(tmp_path: Path, strategy: str, prompts: i
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _RANK, str(tmp_path), str(rank), strategy, str(prompts)],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2] / "support",
         )
         for rank in range(2)
     ]

@@ -3,7 +3,7 @@
 
 ::
 
-    python tests/chaos.py --faults 200 --seed 7 [--wires file|services]
+    PYTHONPATH=tests/support python tests/fault/chaos/chaos.py --faults 200 --seed 7 [--wires file|services]
 
 Runs ("worlds") follow one another until so many faults were injected. Each must end with the weights of a run that
 nothing happened to, with every sample trained in its window once, and with nothing left behind.

@@ -10,7 +10,7 @@ from specforge_core.config.load import load_run_config
 from specforge_core.config.validation import validate_section
 from specforge_core.hooks.manager import PluginRegistry
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from specforge_core.contracts import CaptureRequest, Drafter, ExportError, TargetInfo
 from specforge_core.export.writer import ExportPlan, check_export, export_draft
 from torch import Tensor, nn
-
-from tests.toy_decoding import ScriptedDrafter
-from tests.toy_strategy import ToyDraft, ToyStrategy, build_draft
+from toy_decoding import ScriptedDrafter
+from toy_strategy import ToyDraft, ToyStrategy, build_draft
 
 INFO = TargetInfo("counting", "Counting", 4, 6, 11, "float32", 8, 1, 1, 6, 1e-6, 64)
 

@@ -15,7 +15,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECTS = {
     "specforge-core": ROOT / "core",
     "specforge-eagle3": ROOT / "specforge_eagle3",

@@ -14,8 +14,7 @@ from specforge_core.contracts import BenchError, DataError, Prompt, SilentProgre
 from specforge_core.decoding.bench import BenchSides, cut_prompts, find_difference, run_bench
 from specforge_core.decoding.bench_result import BenchResult
 from specforge_core.decoding.speculative import DecodeLimits
-
-from tests.toy_decoding import CountingTarget, ScriptedDrafter
+from toy_decoding import CountingTarget, ScriptedDrafter
 
 PROMPTS = [Prompt(f"p{index}", [index, index + 1], [0, 0]) for index in range(5)]
 
