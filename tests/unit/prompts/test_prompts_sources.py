@@ -216,9 +216,9 @@ def spoilt(content: bytes) -> bytes:
     [
         ("x.jsonl", None, "there is no such file"),
         ("x.jsonl", b"", "holds no prompts"),
-        ("x.jsonl.gz", gzip.compress(LINES)[:-20], "is damaged"),
-        ("x.jsonl.gz", spoilt(gzip.compress(LINES)), "is damaged"),
-        ("x.jsonl.gz", gzip.compress(b""), "holds no prompts"),
+        ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "is damaged"),
+        ("x.jsonl.gz", spoilt(gzip.compress(LINES, mtime=0)), "is damaged"),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0), "holds no prompts"),
         ("x.jsonl.zst", spoilt(zstandard.compress(LINES)), "is damaged"),
         ("x.parquet", LINES, "is damaged"),
         ("x.parquet", b"PAR1" + b"\0" * 100, "is damaged"),

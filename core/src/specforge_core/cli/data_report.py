@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from specforge_core.cli.text_table import format_table
+from specforge_core.cli.text_table import format_bytes, format_table
 from specforge_core.contracts.redaction import visible
 
 _SHOWN_SOURCES = 30
@@ -62,8 +62,6 @@ def _warnings(described: Mapping[str, Any]) -> Iterator[str]:
 
 def render_outlook(split: str, outlook: Mapping[str, Any]) -> Iterator[str]:
     """Lines for ``plan``."""
-    from specforge_core.cli.plan_command import format_bytes
-
     prepared = outlook["prepared"]
     state = "not prepared yet" if prepared is None else f"{prepared} prompts are prepared"
     yield f"prompts    {split}: {state}"

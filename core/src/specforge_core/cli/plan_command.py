@@ -11,6 +11,7 @@ import typer
 
 from specforge_core.cli.data_report import render_outlook
 from specforge_core.cli.session import OVERRIDES_HELP, RUN_HELP, compose_run
+from specforge_core.cli.text_table import format_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -104,12 +105,3 @@ def render_plan(plan: Plan, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def format_bytes(count: float) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
