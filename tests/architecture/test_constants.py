@@ -10,7 +10,7 @@ from itertools import zip_longest
 from source_tree import Module, shipped
 
 # How many do not yet. Lower it when it shrank; never raise it.
-UNEXPLAINED = 137
+UNEXPLAINED = 107
 
 
 def is_number(value: ast.expr | None) -> bool:

@@ -37,6 +37,7 @@ same to rounding, not to the bit.
 
 _ABSENT: Any = object()
 _MOST_DIFFERENCES = 100
+"""Of a list that is read by a person; a record that was altered can have millions."""
 _MOST_CHARACTERS = 100
 """Of one part of a key that is shown: a checkpoint that was handed over may have keys of any length."""
 

@@ -10,6 +10,7 @@ from specforge_core.cli.text_table import format_bytes, format_table
 from specforge_core.contracts.redaction import visible
 
 _SHOWN_SOURCES = 30
+"""A folder of shards has hundreds; the last line counts them all."""
 _COLUMNS = ("source", "rows", "samples", "tokens", "trained", "cut", "dropped", "rejected", "p50", "p90", "p99", "max")
 
 

@@ -17,6 +17,7 @@ from specforge_core.contracts import PluginError
 from specforge_core.contracts.redaction import redact_message
 
 _SAID_CHARACTERS = 2000
+"""Errors of compilers and servers are long, and their cause stands near the beginning."""
 
 
 class _UsersInterrupt(KeyboardInterrupt):

@@ -21,7 +21,9 @@ from specforge_core.contracts import DataError, DeadlineExceeded, Progress
 from specforge_core.contracts.files import open_regular
 
 _POLL_SECONDS = 0.1
+"""Preparing takes seconds to hours; a tenth of one more is not noticed."""
 _BEAT_SECONDS = 1.0
+"""Others give up on a lock only after many missed beats."""
 DEADLINE_SECONDS = 120.0
 """Without a heartbeat. A machine that is busy or short of memory may keep a thread waiting for some seconds, hardly for
 a minute; a shared directory may show what another machine wrote some seconds later."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from xxhash import xxh3_64_intdigest
 
 _FIRST_SLOTS = 1 << 10
+"""Some kilobytes; doubled whenever it is half full."""
 _EMPTY = 0
 
 

@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _FORMAT = 1
 _PROGRESS_FILE, _PLACES_FILE, _SET = "progress.json", "places.i64", "set"
 _LENGTHS = 1 << 16
+"""Offsets read at once: half a megabyte."""
 _PLACE_BYTES = 24
 """Of each prompt: which source, which row of it, and where its id stands."""
 

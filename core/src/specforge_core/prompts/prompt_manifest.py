@@ -27,6 +27,7 @@ ARRAYS = (INPUT_IDS_FILE, LOSS_MASK_FILE, OFFSETS_FILE, IDS_FILE)
 REJECTS_FILE = "rejects.jsonl"
 """Rows that could not be used, where there were some: for people, and not read again."""
 MAX_ID_BYTES = 200
+"""An id becomes part of a file name, which takes 255 with what is added."""
 
 _PROMPT_ID = re.compile(rb"[^\x00-\x20/\\\x7f.][^\x00-\x1f/\\\x7f]{0,%d}" % (MAX_ID_BYTES - 1))
 """One part of a file name: ids become one (``features``)."""

@@ -45,6 +45,7 @@ _MAX_NAMES = 200
 """Of reasons, and of unused keys, in one source; what is beyond is counted together."""
 _OTHERS = "others"
 _REASON_CHARACTERS = 120
+"""A reason is one line of a table."""
 _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\S*/\S*|\d+")
 
 

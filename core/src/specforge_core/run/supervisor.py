@@ -28,13 +28,11 @@ from specforge_core.run.interrupt import EXIT_INTERRUPTED
 _FIRST_PAUSE_SECONDS = 0.5
 """Before a process is started again; doubled each time, so that one that always fails costs little."""
 _LONGEST_PAUSE_SECONDS = 15.0
-_POLL_SECONDS = 0.05
-"""How late an end is noticed."""
-_REAP_SECONDS = 10.0
-"""A killed process is gone at once, unless its disk or device does not answer."""
-_TAIL_LINES = 20
-"""Of a process's log in an error: a traceback's end, or the last words."""
-_TAIL_BYTES = 16_384
+"""A server that is restarted is back within a minute; who waits longer loses more than a try costs."""
+_POLL_SECONDS = 0.05  # how late an end is noticed
+_REAP_SECONDS = 10.0  # a killed process is gone at once, unless its disk or device does not answer
+_TAIL_LINES = 20  # of a process's log in an error: a traceback's end, or the last words
+_TAIL_BYTES = 16_384  # twenty lines of any log fit
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _LIBC = ctypes.CDLL(None, use_errno=True)

@@ -19,6 +19,7 @@ _LOOKED_FOR = re.compile(
 )
 _LOOKS_IN = re.compile(r"^\s*(?:not\s+)?in\b")
 _SHORTEST = 3
+"""Shorter texts (a bracket, a dash) stand in every content and mark nothing."""
 
 
 class TemplateSource:

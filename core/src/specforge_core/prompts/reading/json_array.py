@@ -14,6 +14,7 @@ from specforge_core.contracts.redaction import SAID_CHARACTERS, show_value
 from specforge_core.prompts.reading.raw_rows import MAX_ROW_BYTES, too_long
 
 _CHUNK = 64 << 10
+"""Read at once: several rows, so that most rows need one read."""
 _SPACES = re.compile(r"[ \t\n\r]*")
 _NEAR_END = 16
 """Characters: an error so near the end of what was read may only mean that the rest is not there yet."""

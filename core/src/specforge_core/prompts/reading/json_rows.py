@@ -29,7 +29,9 @@ _MAX_WINDOW_BYTES = 128 << 20
 _MAX_SKIPPED_BYTES = 64 * MAX_ROW_BYTES
 """How far the end of a line is looked for that is too long already: longer ones have none, it seems."""
 _MAX_BLANK_LINES = 1 << 20
+"""In a row: what has more is no file of rows."""
 _CHUNK = 1 << 20
+"""Read at once: a megabyte is as fast as more."""
 _HINT = "one JSON object per line, or one array of objects"
 
 

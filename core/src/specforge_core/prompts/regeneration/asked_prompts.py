@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _ROWS_FILE, _PLACES_FILE = "asked.jsonl", "asked.i64"
 _SHOWN_SKIPS = 5
+"""More would hide the message that follows."""
 
 
 def write_asked(

@@ -24,10 +24,14 @@ _FINISH_REASONS: Mapping[str, FinishReason] = {
 }
 _THOUGHT_KEYS = ("reasoning_content", "reasoning")
 _MAX_IDS = 1 << 24
+"""Sixteen million tokens: beyond any context."""
 _MAX_TOKEN_ID = (1 << 31) - 1
+"""Token ids are kept in 32 bits."""
 _MAX_CALLS = 1024
+"""Of one answer: models make a few, and a server can be told to claim any number."""
 _COUNTS = ("prompt_tokens", "completion_tokens")
 _MESSAGE_CHARACTERS = 500
+"""Of a server's own words in an error: its message, without the page around it."""
 
 
 def make_body(request: GenerationRequest, settings: GenerationSettings, *, model: str, ask_ids: bool) -> bytes:

@@ -21,6 +21,7 @@ from specforge_core.contracts.files import MAX_JSON_BYTES, parse_json
 from specforge_core.contracts.redaction import show_value
 
 _READ_BYTES = 1 << 16
+"""At once: most answers are read whole."""
 _CONNECT_SECONDS = 10.0
 """For a connection: longer than any network takes, so that a machine that is down is found out early."""
 

@@ -28,6 +28,7 @@ MANIFEST_FILE, REPORT_FILE = "regeneration.json", "regeneration-report.json"
 _FILE_BYTES = 256 << 20
 """Of one file of rows: it is encoded by one worker process, and a set of a million rows has some twenty."""
 _MOST_REASONS = 20
+"""The most frequent ones: a report is read on one screen."""
 _FINISH_REASONS: Mapping[str, str] = {
     "stop": "answers that ended by themselves",
     "calls": "answers that end in tool calls",

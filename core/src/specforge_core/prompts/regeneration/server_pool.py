@@ -17,7 +17,9 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.25, 30.0
 _LOOK_SECONDS = 60.0
 """After which another caller looks at a server, if the one that looks does not come back."""
 _TICK_SECONDS = 0.1
+"""How late a server that came back is asked again."""
 _HEALTH_SECONDS = 10.0
+"""For a page that any living server answers at once, also while it loads a model."""
 
 
 class Server:
