@@ -7,6 +7,7 @@ It runs as a program of its own, in a session of its own, and ends with the proc
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import socket
 import subprocess
@@ -90,12 +91,19 @@ def free_port() -> int:
 
 
 def dying_with_parent() -> Callable[[], None]:
-    """What a child does before it becomes another program: ask the kernel (Linux) to be ended when its parent is.
+    """What a child does before it becomes another program: ask the kernel (Linux) to kill it when its parent is gone.
 
-    The library is loaded here, in the parent.
+    The kernel forgets this for the child's own children. The library is loaded here, in the parent.
     """
+    parent = os.getpid()
     try:
         prctl = ctypes.CDLL(None).prctl
     except AttributeError:
         return lambda: None
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def prepare() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before the kernel was asked
+            os._exit(1)
+
+    return prepare

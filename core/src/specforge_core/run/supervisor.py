@@ -8,14 +8,13 @@ error ends the run, and nothing is left behind, not even when the supervisor its
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from specforge_core.contracts import SpecForgeError, StopSignal
 from specforge_core.contracts.files import make_directory, open_regular
+from specforge_core.hooks.local_server import dying_with_parent
 from specforge_core.run.interrupt import EXIT_INTERRUPTED
 
 _FIRST_PAUSE_SECONDS = 0.5
@@ -33,9 +33,6 @@ _POLL_SECONDS = 0.05  # how late an end is noticed
 _REAP_SECONDS = 10.0  # a killed process is gone at once, unless its disk or device does not answer
 _TAIL_LINES = 20  # of a process's log in an error: a traceback's end, or the last words
 _TAIL_BYTES = 16_384  # twenty lines of any log fit
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +211,7 @@ class _Children:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(os.getpid()),
+                    preexec_fn=dying_with_parent(),  # a half sees to it itself that its own children do not outlive it
                 )
             except OSError as error:
                 raise SpecForgeError(
@@ -271,20 +268,6 @@ class _Children:
             log.seek(max(self._log_starts[name], size - _TAIL_BYTES))
             lines = log.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
         _say("\n".join([f"{self._logs[name]} ends with:", *(f"  {line}" for line in lines)]))
-
-
-def _die_with_parent(supervisor: int) -> Callable[[], None]:
-    """What a child does before it becomes its command: ask the kernel to kill it when the supervisor is gone.
-
-    The kernel forgets this for the child's own children, so a half sees to it itself that they do not outlive it.
-    """
-
-    def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != supervisor:  # it was gone before the kernel was asked
-            os._exit(1)
-
-    return prepare
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
