@@ -10,9 +10,19 @@ import time
 from pathlib import Path
 
 from specforge_core.channel.file_queue import FileQueue
-from specforge_core.testing.queue_under_test import make_refs
+from specforge_core.contracts import CaptureRequest, SampleRef, sample_id
+from specforge_core.contracts.capture_queue import NumberedLease
 
 TIMEOUT_SECONDS = 5.0
+
+
+def make_refs(lease: NumberedLease) -> list[SampleRef]:
+    """Refs as a worker puts them under a lease; torch is left out, so that a process starts at once."""
+    specs, refs = CaptureRequest().specs(8, 4), []
+    for place in range(lease.batch.first, lease.batch.first + lease.batch.count):
+        prompt_id = f"prompt-{place}"
+        refs.append(SampleRef(sample_id(prompt_id, 0), lease.number, "any", specs, 8, prompt_id, 0))
+    return refs
 
 
 def work(queue: FileQueue, name: str) -> None:
