@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue of capture work in a directory with many workers: batches and refs per second, and where the time goes.
+"""The queue of capture work in a directory with many workers: batches and refs per second, and bytes per ref.
 
 Every worker is a queue of its own, as a process would have it, in a few processes. A batch costs two short locked
 appends (taken, finished) and one of the worker's own file.

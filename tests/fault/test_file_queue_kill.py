@@ -97,6 +97,35 @@ def test_a_member_that_was_taken_for_dead_goes_on(tmp_path: Path) -> None:
         quick.close()
 
 
+class InterruptedQueue(FileQueue):
+    """Somebody else finishes the last batch and ends the session while this one is being told what there is."""
+
+    def __init__(self, directory: Path, others: FileQueue) -> None:
+        super().__init__(directory, timeout_seconds=queue_worker.TIMEOUT_SECONDS)
+        self._others = others
+
+    def _when(self, look, timeout):
+        found = super()._when(look, timeout)
+        lease = self._others.take("w", 0.0)
+        if lease is not None:
+            assert self._others.finish(lease, make_refs(lease))
+            assert self._others.end(Ending(kind="finished", session=1))
+        return found
+
+
+def test_an_ending_is_not_seen_before_the_results_that_came_before_it(tmp_path: Path) -> None:
+    with opened(tmp_path) as others:
+        others.offer([make_batch(0)])
+        member, queue = others.join("w"), InterruptedQueue(tmp_path, others)
+        first = queue.results(0, 0.0)
+        assert (list(first.results), first.ending) == ([], None)
+        then = queue.results(0, 0.0)
+        assert len(then.results) == 1
+        assert then.ending is not None
+        queue.close()
+        member.close()
+
+
 def test_what_was_not_appended_whole_never_was(tmp_path: Path) -> None:
     with opened(tmp_path) as queue:
         finish_one(queue)

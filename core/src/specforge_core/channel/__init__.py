@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2: the queue of capture work: what is wanted, who has it, what came of it."""
+"""The queue of capture work: what is wanted, who has it, what came of it. It is to take the ref channel's place; no run
+uses it yet."""

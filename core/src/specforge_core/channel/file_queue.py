@@ -122,23 +122,27 @@ class FileQueue(CaptureQueue):
             return self._book.outstanding()
 
     def results(self, after: int, timeout: float) -> Results:
+        seen: list[Results] = []
+
         def look() -> list[Finished[RefsAt]]:
             found = self._book.results(after)[:_RESULTS_AT_ONCE]
             if not found:
                 self._drop_dead()
+            seen[:] = [self._state()]  # of the same moment: an ending that is seen has no result before it that is not
             return found
 
         found = self._when(look, timeout)
-        with self._call():
-            seen = Results(
-                identity=self._replay.identity,
-                results=(),
-                members=frozenset(self._replay.members),
-                session=self._book.session,
-                ending=self._book.ending,
-                outstanding=len(self._book.outstanding()),
-            )
-        return replace(seen, results=[self._read(item) for item in found])
+        return replace(seen[0], results=[self._read(item) for item in found])
+
+    def _state(self) -> Results:
+        return Results(
+            identity=self._replay.identity,
+            results=(),
+            members=frozenset(self._replay.members),
+            session=self._book.session,
+            ending=self._book.ending,
+            outstanding=len(self._book.outstanding()),
+        )
 
     def _read(self, item: Finished[RefsAt]) -> Result:
         refs, signature = self._files.read_refs(item.payload)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specforge_core.hooks.manager import PluginRegistry
 
 _PROBE_SECONDS = 60.0
-"""torch imports within ten seconds from a cold disk."""
+"""For importing torch, on a disk that is cold and a machine that is busy."""
 
 # In a process of its own: a torch that does not import must not take the doctor with it.
 _TORCH_PROBE = """

@@ -77,15 +77,12 @@ def render_plan(plan: Plan, console: Console) -> None:
 
     config, info = plan.config, plan.info
     parts = Table("part", "name", "from", "what it is", title="parts", title_justify="left")
-    specs: dict[str, PartSpec] = {
-        "strategy": plan.strategy,
-        "target-engine": plan.target_engine,
-        "feature-store": plan.feature_store,
-        "ref-channel": plan.ref_channel,
-    }
-    for kind, spec in specs.items():
-        source = plan.provenance[f"{kind}:{spec.name}"]
-        parts.add_row(kind, escape(spec.name), f"{source['distribution']} {source['version']}", escape(spec.summary))
+    specs: list[PartSpec] = [plan.strategy, plan.target_engine, plan.feature_store, plan.ref_channel]
+    for spec in specs:
+        source = plan.provenance[f"{spec.kind}:{spec.name}"]
+        parts.add_row(
+            spec.kind, escape(spec.name), f"{source['distribution']} {source['version']}", escape(spec.summary)
+        )
     tensors = Table("tensor", "shape", "dtype", "bytes", title="one sample, longest", title_justify="left")
     for tensor in plan.tensors:
         norm = f" ({tensor.norm} norm)" if tensor.norm else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of parts that plugins add, in one table. Everything else about kinds is derived from it."""
+"""The kinds of parts that plugins add, in one table: what each is called in metadata, hooks, run files and packages."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _AHEAD = 4
 """Chunks for each worker between the one that is wanted next and the last one handed out: one slow chunk keeps the
 others busy, and memory stays bounded."""
 _LEAVE_SECONDS = 5.0
-"""A worker that was told to leave has one chunk of rows in hand, which takes less than a second."""
+"""A worker that was told to leave may have one chunk of rows in hand; then it is ended."""
 _GRACE_SECONDS = 5.0
 """At the least, even where the deadline passed: all processes may have been stopped together, and go on together."""
 

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 _CARD = "README.md"
 _MAX_CARD_BYTES = 4 << 20
-"""Cards are some kilobytes; those that list every split of a large collection have a megabyte."""
+"""Text that is parsed for its head; what is larger is no card."""
 _TIMEOUT_SECONDS = 30.0
 """For one answer about a data set, not for its files."""
 _SPLIT_WORDS = ("train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation")

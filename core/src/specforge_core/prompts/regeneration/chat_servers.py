@@ -44,7 +44,7 @@ _TICK_SECONDS = 0.1
 """How late a stop or a deadline is noticed; an answer takes seconds."""
 _BUSY = frozenset((408, 409, 425, 429))
 _KEY_BYTES = 1 << 16
-"""API keys have some hundred characters; a file that is longer is another one."""
+"""A longer file is none that holds a key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ _LOOK_SECONDS = 60.0
 _TICK_SECONDS = 0.1
 """How late a server that came back is asked again."""
 _HEALTH_SECONDS = 10.0
-"""For a page that any living server answers at once, also while it loads a model."""
+"""For a page that costs a server nothing to answer."""
 
 
 class Server:
